@@ -1,0 +1,165 @@
+"""What a person sees of a run, and what it leaves on disk while it goes on.
+
+Lives here: ``PhaseReport`` (one line per finished phase), ``OuterLoopProgressBar`` (bars with rates and running
+accuracy in every long phase), ``ResultsWriter`` (val_results_*.json, test_results.json, predictions.jsonl).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from tqdm.auto import tqdm
+
+from pause_lightning.module import say
+from pause_lightning.rollouts.store import write_json
+from pause_lightning.stats import show_accuracy
+
+
+def show_metrics(m: dict[str, float]) -> str:
+    """Accuracy with n and interval, then pauses and the shares that explain it."""
+    accuracy = show_accuracy(m["accuracy"], m["accuracy_low"], m["accuracy_high"], int(m["n"]))
+    pauses = "/".join(f"{m[k]:.2f}" for k in ("pauses", "pauses_correct", "pauses_incorrect"))
+    return f"{accuracy}, pauses {pauses} (all/correct/incorrect), finished {100 * m['finished']:.0f}%"
+
+
+class PhaseReport(Callback):
+    """Prints one line when a phase is finished: warm-up, rollouts, SFT, validation, test."""
+
+    def __init__(self) -> None:
+        self.phases: list[dict[str, Any]] = []
+        self._losses: list[torch.Tensor] = []
+        self._started = time.monotonic()
+        self._step = 0
+
+    def _line(self, name: str, text: str, **facts: Any) -> None:
+        seconds = time.monotonic() - self._started
+        self.phases.append({"phase": name, "seconds": round(seconds, 2), **facts})
+        say(f"{name:<18} {text}  [{seconds:.1f} s]")
+        self._started = time.monotonic()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._started, self._step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._losses.append(outputs["loss"].detach())
+
+    def _training_line(self, trainer: Any) -> None:
+        if not self._losses:
+            return
+        loop = trainer.fit_loop
+        name = "warm-up" if loop.outer_index is None else f"outer loop {loop.outer_index} sft"
+        recent = torch.stack(self._losses[-100:]).mean().item()
+        steps = trainer.global_step - self._step
+        self._line(name, f"{steps} steps, loss {recent:.4f} (last {min(100, len(self._losses))})", steps=steps)
+        self._losses, self._step = [], trainer.global_step
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.training or trainer.state.fn == "fit":
+            self._training_line(trainer)
+        self._started = time.monotonic()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        metrics = pl_module.metrics_of["val"]
+        self._line("  validation", show_metrics(metrics), metrics=metrics)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._started = time.monotonic()
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        name = pl_module.test_name
+        self._line(name.replace("_", " "), show_metrics(pl_module.metrics_of[name]), metrics=pl_module.metrics_of[name])
+
+    def on_rollout_start(self, trainer: Any, pl_module: Any, outer: int, total: int, done: int) -> None:
+        self._started = time.monotonic()
+
+    def on_rollout_end(self, trainer: Any, pl_module: Any, outer: int, metrics: dict[str, float]) -> None:
+        self._line(f"outer loop {outer} rollout", show_metrics(metrics), metrics=metrics)
+
+    def on_sft_start(self, trainer: Any, pl_module: Any, outer: int, kept: int) -> None:
+        say(f"{'':<18} {kept} replies kept to learn from")
+
+
+class OuterLoopProgressBar(TQDMProgressBar):
+    """Lightning's bars, plus one for rollouts and running accuracy in rollouts, validation and test.
+
+    Off when stderr is no terminal: a log file gets the finished lines only.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate if sys.stderr.isatty() else 0)
+        self._bar: Any = None
+        self._seen, self._correct = 0, 0
+
+    def on_rollout_start(self, trainer: Any, pl_module: Any, outer: int, total: int, done: int) -> None:
+        self._bar = tqdm(
+            desc=f"Rollout {outer}", total=total, initial=done, unit="reply", disable=self.is_disabled, leave=False
+        )
+        self._seen = self._correct = 0
+
+    def on_rollout_progress(self, trainer: Any, pl_module: Any, outer: int, n: int) -> None:
+        self._bar.update(n * trainer.world_size)
+
+    def on_rollout_unit_end(self, trainer: Any, pl_module: Any, outer: int, rollouts: list[Any]) -> None:
+        self._seen += len(rollouts)
+        self._correct += sum(r.correct for r in rollouts)
+        self._bar.set_postfix(accuracy=f"{self._correct / self._seen:.3f}")
+
+    def on_rollout_end(self, trainer: Any, pl_module: Any, outer: int, metrics: dict[str, float]) -> None:
+        self._bar.close()
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        super().on_validation_batch_end(trainer, pl_module, *args, **kwargs)
+        self._running(pl_module, self.val_progress_bar)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        super().on_test_batch_end(trainer, pl_module, *args, **kwargs)
+        self._running(pl_module, self.test_progress_bar)
+
+    def _running(self, pl_module: Any, bar: Any) -> None:
+        if not self.is_disabled and pl_module.measured.n:
+            bar.set_postfix(accuracy=f"{float(pl_module.measured.correct / pl_module.measured.n):.3f}")
+
+
+class ResultsWriter(Callback):
+    """Writes the graded replies of every validation and test, in the order of the problems."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn != "fit":
+            name = "val_results.json"
+        elif trainer.fit_loop.outer_index is None:
+            name = "val_results_warmup.json"
+        else:
+            name = f"val_results_outer_loop_{trainer.fit_loop.outer_index}.json"
+        self._write(trainer, pl_module, name)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self._write(trainer, pl_module, f"{pl_module.test_name}_results.json")
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        rows = gather(pl_module.results, trainer)
+        if trainer.is_global_zero and rows:
+            path = Path(trainer.default_root_dir) / "predictions.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+            say(f"{len(rows)} replies written to {path}")
+
+    def _write(self, trainer: Any, pl_module: Any, name: str) -> None:
+        rows = gather(pl_module.results, trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+            write_json(Path(trainer.default_root_dir) / name, rows)
+
+
+def gather(rows: list[Any], trainer: Any) -> list[Any]:
+    """The rows of all processes, process by process."""
+    if trainer.world_size == 1:
+        return rows
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

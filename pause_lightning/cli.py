@@ -1,0 +1,187 @@
+"""The training commands: ``fit``, ``validate``, ``test``, ``predict``, ``rollout``, as one LightningCLI.
+
+Lives here: ``PauseCLI``: run folders, defaults, links, configs by name, and errors in one line with the nearest option
+named. Light commands (``inject``, ``ask``) are dispatched in ``__main__.py`` before this is imported. transformers and
+peft are not imported here: they are when a model is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import pause_lightning.tasks  # noqa: F401  (its classes can be named in data.task)
+from pause_lightning.callbacks import OuterLoopProgressBar, PhaseReport, ResultsWriter
+from pause_lightning.datamodule import GSM8KDataModule
+from pause_lightning.errors import UserError
+from pause_lightning.module import PauseLitModule
+from pause_lightning.trainer import OuterLoopTrainer
+
+CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+
+
+def find_config(name: str) -> str:
+    """A path as it is; a bare name (``quickstart``, ``logger/wandb``) as one of the configs this package brings along.
+
+    Raises:
+        UserError: neither a file nor a known name.
+    """
+    if Path(name).is_file() or name.lstrip().startswith("{"):
+        return name
+    for folder in CONFIG_FOLDERS:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return str(candidate)
+    known = sorted(
+        str(p.relative_to(f).with_suffix("")) for f in CONFIG_FOLDERS if f.is_dir() for p in f.rglob("*.yaml")
+    )
+    raise UserError(f"--config: no file {name}; configs known by name: {', '.join(dict.fromkeys(known))}")
+
+
+class PauseArgumentParser(LightningArgumentParser):
+    """Errors in one line; a misspelt option is answered with the nearest one."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(given):
+            if word in ("-c", "--config") and i + 1 < len(given):
+                given[i + 1] = find_config(given[i + 1])
+            elif word.startswith("--config="):
+                given[i] = "--config=" + find_config(word.removeprefix("--config="))
+        return super().parse_args(given, *rest, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(self._one_line(message))
+
+    def _one_line(self, message: str) -> str:
+        text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+        wrong = re.search(r"nrecognized arguments: -*([\w.\-]+)|[Kk]ey \"?'?([\w.\-]+)'?\"? is not expected|"
+                          r"[Gg]roup '([\w.]+)' does not accept nested key '([\w.]+)'|"
+                          r"[Nn]ested key '([\w.]+)'|No action for (?:destination )?key \"?'?([\w.]+)", text)
+        if wrong:
+            parts = [g for g in wrong.groups() if g]
+            near = self._nearest(".".join(parts))
+            if near:
+                text = text.split(" Did you mean")[0].rstrip(".") + f"; did you mean --{near}?"
+        return text
+
+    def _nearest(self, key: str) -> str | None:
+        keys: set[str] = set()
+        subparsers = getattr(self, "_subcommands_action", None)
+        for parser in [self, *(subparsers._name_parser_map.values() if subparsers else [])]:
+            keys |= {o.removeprefix("--") for a in parser._actions for o in a.option_strings if o.startswith("--")}
+        key = re.sub(r"^(fit|validate|test|predict|rollout)\.", "", key)
+        close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+        return close[0] if close else None
+
+
+class PauseCLI(LightningCLI):
+    """LightningCLI with run folders: everything a run writes is in ``<runs_dir>/<run_name>/``."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            PauseLitModule,
+            GSM8KDataModule,
+            trainer_class=OuterLoopTrainer,
+            parser_class=PauseArgumentParser,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "python -m pause_lightning", "description": __doc__.splitlines()[0]},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "rollout": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_name", type=str, default="run", help="name of the run's folder")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="where run folders are made")
+        parser.set_defaults(
+            {
+                "data.task": {"class_path": "pause_lightning.tasks.GSM8K"},
+                "data.recipe": {"class_path": "pause_lightning.recipes.STaR"},
+                "model.sampler": {"class_path": "pause_lightning.rollouts.hf.HFSampler"},
+            }
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "trainer.outer_loop.seed", compute_fn=int)
+
+    # ---- the run folder
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.run = Path(config.runs_dir) / config.run_name
+        if config.get("ckpt_path") is None:
+            self.run = fresh_folder(self.run)
+        config.trainer.default_root_dir = str(self.run)
+        logger = config.trainer.logger
+        if logger is None or logger is True:
+            config.trainer.logger = {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(self.run), "name": "", "version": ""},
+            }
+        else:
+            for one in logger if isinstance(logger, list) else [logger]:
+                args = getattr(one, "init_args", None) or {}
+                if "save_dir" in args and (args["save_dir"] in (None, ".")):
+                    args["save_dir"] = str(self.run)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        fit = self.subcommand == "fit"
+        callbacks = [PhaseReport(), ResultsWriter()]
+        given = self._get(self.config_init, "trainer")["callbacks"] or []
+        if not any(isinstance(c, OuterLoopProgressBar) for c in given) and (
+            self._get(self.config_init, "trainer")["enable_progress_bar"] is not False
+        ):
+            callbacks.append(OuterLoopProgressBar())
+        if fit or self._get(self.config_init, "ckpt_path") is not None:
+            callbacks.append(
+                ModelCheckpoint(
+                    dirpath=self.run / "checkpoints",
+                    filename="epoch{epoch:03d}-step{step:06d}",
+                    auto_insert_metric_name=False,
+                    monitor="val/accuracy",
+                    mode="max",
+                    save_top_k=3,
+                    save_last=True,
+                    save_on_train_epoch_end=False,
+                    enable_version_counter=False,
+                )
+            )
+        self.trainer_defaults = {"callbacks": callbacks}
+        return super().instantiate_trainer(**kwargs)
+
+    # ---- around the stages
+
+    def before_fit(self) -> None:
+        self.started = time.monotonic()
+        print(f"run folder: {self.run}", flush=True)
+
+    def after_fit(self) -> None:
+        from pause_lightning.finish import finish_fit
+
+        if not self.trainer.fast_dev_run:
+            finish_fit(self.trainer, self.model, self.datamodule, self.started)
+
+
+def fresh_folder(folder: Path) -> Path:
+    """``folder``, or ``folder-2``, ``folder-3``, ... : a run never writes into the folder of another."""
+    candidate, number = folder, 2
+    while candidate.exists() and any(candidate.iterdir()):
+        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return candidate
+
+
+def main(argv: list[str]) -> None:
+    """Run a training command."""
+    PauseCLI(argv)

@@ -36,7 +36,9 @@ class HFSampler(Sampler):
         eos_id: int,
         pad_id: int,
         on_progress: Callable[[int], None] | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> list[Reply]:
+        """See ``Sampler.sample``. ``on_token`` is told the ids of a single reply as they are drawn."""
         replies: list[Reply | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         devices = [model.device] if model.device.type == "cuda" else []
@@ -44,7 +46,7 @@ class HFSampler(Sampler):
             torch.manual_seed(seed)
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
-                batch = self._generate(model, [prompts[i] for i in chunk], settings, eos_id, pad_id)
+                batch = self._generate(model, [prompts[i] for i in chunk], settings, eos_id, pad_id, on_token)
                 for i, reply in zip(chunk, batch):
                     replies[i] = reply
                 if on_progress is not None:
@@ -52,7 +54,13 @@ class HFSampler(Sampler):
         return replies  # type: ignore[return-value]
 
     def _generate(
-        self, model: Any, prompts: list[Sequence[int]], settings: SamplingSettings, eos_id: int, pad_id: int
+        self,
+        model: Any,
+        prompts: list[Sequence[int]],
+        settings: SamplingSettings,
+        eos_id: int,
+        pad_id: int,
+        on_token: Callable[[int], None] | None,
     ) -> list[Reply]:
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -82,6 +90,7 @@ class HFSampler(Sampler):
                 pad_token_id=pad_id,
             ),
             logits_processor=LogitsProcessorList([recorder, *_processors(model, settings)]),
+            streamer=None if on_token is None else _TokenStream(on_token),
         )
         logprobs = recorder.finish(output).tolist()
         replies = []
@@ -111,3 +120,18 @@ def _processors(model: Any, settings: SamplingSettings) -> list[Any]:
     if settings.temperature > 0 and settings.top_p < 1:
         processors.append(TopPLogitsWarper(settings.top_p))
     return processors
+
+
+class _TokenStream:
+    """The streamer protocol of ``generate`` for one reply: the first ``put`` is the prompt."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token, self.prompt_seen = on_token, False
+
+    def put(self, value: Any) -> None:
+        if self.prompt_seen:
+            self.on_token(int(value))
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
     _quiet()
     from pause_lightning import cli
 
-    cli.main(argv)
+    cli.PauseCLI()
     return 0
 
 
@@ -74,7 +74,7 @@ def _quiet() -> None:
         ".*No module named 'tensorboardX'.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Trying to infer the `batch_size`.*",
-        ".*_dtype.*deprecated.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -181,7 +181,3 @@ def fresh_folder(folder: Path) -> Path:
         candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     return candidate
 
-
-def main(argv: list[str]) -> None:
-    """Run a training command."""
-    PauseCLI(argv)

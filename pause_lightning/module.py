@@ -191,6 +191,10 @@ class PauseLitModule(pl.LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        # Prompts are not tensors; the sampler moves what it needs.
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, dict) else batch
+
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         from pause_lightning.pause.model import reply_loss
 

@@ -28,6 +28,8 @@ class OuterLoopTrainer(pl.Trainer):
             kwargs["num_sanity_val_steps"] = 0
         if kwargs.get("log_every_n_steps") is None:
             kwargs["log_every_n_steps"] = 10
+        if kwargs.get("enable_model_summary") is None:
+            kwargs["enable_model_summary"] = False  # the freeze policy's table says more
         super().__init__(*args, **kwargs)
         self.outer_loop = outer_loop
         self._rollout_only = False

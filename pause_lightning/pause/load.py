@@ -49,7 +49,7 @@ def load_tokenizer(path: str, pause_token: str | None) -> Any:
     tokenizer.sha256 = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.pause_id = None
+    tokenizer.pause_id, tokenizer.pause_token_text = None, pause_token
     if pause_token is not None:
         if pause_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(pause_token, special=True)]})

@@ -1,6 +1,6 @@
 """Putting pauses into answers, on token ids: at random and after patterns (reference.md 1.4).
 
-Lives here: ``PauseInjection`` and ``token_starts``. Pauses are inserted between the ids of the answer, so taking them
+Lives here: ``PauseInjection``, ``token_starts`` and ``word_starts`` (its units). Pauses are inserted between the ids of the answer, so taking them
 out again always gives the answer's own ids; nothing is decoded and tokenised again. No torch.
 """
 
@@ -10,9 +10,11 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pause_lightning.errors import UserError
+
+Unit = TypeVar("Unit", int, str)
 
 
 @dataclass
@@ -45,7 +47,7 @@ class PauseInjection:
             if count < 0:
                 raise UserError(f"n_pauses_per_patterns: {pattern!r} has a negative number of pauses")
 
-    def inject(self, ids: list[int], text: str, starts: list[int], pause: int, rng: random.Random) -> list[int]:
+    def inject(self, ids: list[Unit], text: str, starts: list[int], pause: Unit, rng: random.Random) -> list[Unit]:
         """``ids`` with pauses. ``starts[i]``: where token i begins in ``text``. Units of any type will do.
 
         A pattern's pauses go to the first token boundary at or after the end of the match. The random ones are drawn
@@ -82,3 +84,14 @@ def token_starts(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     for start, _ in encoded["offset_mapping"]:
         starts.append(max(start, starts[-1] if starts else 0))
     return list(encoded["input_ids"]), starts
+
+
+def word_starts(text: str) -> tuple[list[str], list[int]]:
+    """(words, character where each begins): split at single spaces; a word keeps the space in front of it."""
+    units, starts, at = [], [], 0
+    for index, word in enumerate(text.split(" ")):
+        unit = word if index == 0 else f" {word}"
+        units.append(unit)
+        starts.append(at)
+        at += len(unit)
+    return units, starts

@@ -146,8 +146,8 @@ def _read_shard(path: Path) -> list[Rollout]:
     return rows
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomic: write beside, fsync, rename.
+def write_json(path: Path, value: Any, one_per_line: bool = False) -> None:
+    """Atomic: write beside, fsync, rename. ``one_per_line``: a list of records, each on a line of its own.
 
     Raises:
         RunStopped: the file cannot be written.
@@ -155,8 +155,10 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            if one_per_line:
+                file.write("[\n" + ",\n".join(json.dumps(v, ensure_ascii=False) for v in value) + "\n]\n")
+            else:
+                file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

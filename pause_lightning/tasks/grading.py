@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 REFERENCE = re.compile(r"#### (\-?[0-9\.\,]+)")
-_NUMBER = re.compile(r"(?P<sign>-?)\s*[$€£]?\s*(?P<sign2>-?)(?P<whole>\d[\d,]*)?(?P<decimals>\.\d*)?(?:\s*/\s*(?P<over>\d+))?")
+_NUMBER = re.compile(r"(-?)\s?[$€£]?\s?(-?)(\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s?/\s?(\d+))?")
 _LONGEST = 100
 
 
@@ -42,14 +42,14 @@ def final_answer(text: str) -> str | None:
     if not marker:
         return None
     line = rest.split("\n", 1)[0]
-    for match in _NUMBER.finditer(line):
-        if match["whole"] or (match["decimals"] and len(match["decimals"]) > 1):
-            sign = "-" if match["sign"] or match["sign2"] else ""
-            number = sign + (match["whole"] or "0").replace(",", "") + (match["decimals"] or "")
-            if len(number) > _LONGEST:
-                return None
-            return number + (f"/{match['over']}" if match["over"] else "")
-    return None
+    match = _NUMBER.search(line)
+    if match is None:
+        return None
+    sign, sign2, digits, over = match.groups()
+    number = ("-" if sign or sign2 else "") + digits.replace(",", "")
+    if len(number) > _LONGEST:
+        return None
+    return number + (f"/{over}" if over else "")
 
 
 def to_fraction(number: str) -> Fraction | None:
@@ -57,7 +57,7 @@ def to_fraction(number: str) -> Fraction | None:
     top, _, bottom = number.partition("/")
     if len(bottom) > _LONGEST or (bottom and not int(bottom)):
         return None
-    return Fraction(top.rstrip(".") or "0") / int(bottom or "1")
+    return Fraction(top.rstrip(".")) / int(bottom or "1")
 
 
 def reference_answer(text: str) -> str | None:

@@ -81,7 +81,7 @@ class ResumableLoader(DataLoader):
         self.examples, self.drawn = examples, 0
         self.batches = batches
         self.consumed = 0
-        super().__init__(examples, batch_sampler=batches, collate_fn=collate_fn)  # type: ignore[arg-type]
+        super().__init__(examples, batch_sampler=batches, collate_fn=collate_fn)
 
     def state_dict(self) -> dict[str, int]:
         # Exhausted means 0: Lightning itself moves on to the next epoch.

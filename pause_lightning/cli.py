@@ -39,9 +39,7 @@ def find_config(name: str) -> str:
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
                 return str(candidate)
-    known = sorted(
-        str(p.relative_to(f).with_suffix("")) for f in CONFIG_FOLDERS if f.is_dir() for p in f.rglob("*.yaml")
-    )
+    known = sorted(str(p.relative_to(f).with_suffix("")) for f in CONFIG_FOLDERS if f.is_dir() for p in f.rglob("*.yaml"))
     raise UserError(f"--config: no file {name}; configs known by name: {', '.join(dict.fromkeys(known))}")
 
 
@@ -62,9 +60,12 @@ class PauseArgumentParser(LightningArgumentParser):
 
     def _one_line(self, message: str) -> str:
         text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-        wrong = re.search(r"nrecognized arguments: -*([\w.\-]+)|[Kk]ey \"?'?([\w.\-]+)'?\"? is not expected|"
-                          r"[Gg]roup '([\w.]+)' does not accept nested key '([\w.]+)'|"
-                          r"[Nn]ested key '([\w.]+)'|No action for (?:destination )?key \"?'?([\w.]+)", text)
+        wrong = re.search(
+            r"nrecognized arguments: -*([\w.\-]+)|[Kk]ey \"?'?([\w.\-]+)'?\"? is not expected|"
+            r"[Gg]roup '([\w.]+)' does not accept nested key '([\w.]+)'|"
+            r"[Nn]ested key '([\w.]+)'|No action for (?:destination )?key \"?'?([\w.]+)",
+            text,
+        )
         if wrong:
             parts = [g for g in wrong.groups() if g]
             near = self._nearest(".".join(parts))
@@ -180,4 +181,3 @@ def fresh_folder(folder: Path) -> Path:
     while candidate.exists() and any(candidate.iterdir()):
         candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     return candidate
-

@@ -107,8 +107,10 @@ def _last_lines(summary: dict[str, Any], module: Any) -> None:
     if "paired_test" in summary:
         t = summary["paired_test"]
         gain = 100 * (summary["test"]["accuracy"] - summary["test_before_outer_loops"]["accuracy"])
-        say(f"gain                          {gain:+.1f} points ({t['gained']} gained, {t['lost']} lost, "
-            f"exact paired test p = {t['p']:.2g})")
+        say(
+            f"gain                          {gain:+.1f} points ({t['gained']} gained, {t['lost']} lost, "
+            f"exact paired test p = {t['p']:.2g})"
+        )
     if summary["test"]["pauses"] == 0 and module.pauses if "test" in summary else False:
         say("no pauses under greedy decoding: a head that learned a low rate everywhere never wins the argmax (README)")
     say(f"time                          {summary['seconds']['fit']:.0f} s fit, {summary['seconds']['total']:.0f} s in all")

@@ -62,7 +62,12 @@ class OuterLoop:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup_epochs", 0), ("num_outer_loops", 0), ("sft_epochs", 1), ("samples_per_problem", 1)):
+        for name, least in (
+            ("warmup_epochs", 0),
+            ("num_outer_loops", 0),
+            ("sft_epochs", 1),
+            ("samples_per_problem", 1),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"trainer.outer_loop.{name} must be at least {least}, got {getattr(self, name)}")
         if self.warmup_epochs + self.num_outer_loops == 0:
@@ -249,8 +254,8 @@ class OuterLoopLoop(_FitLoop):
         self._empty = 0 if kept else self._empty + 1
         if self._empty >= MAX_EMPTY_LOOPS:
             raise RunStopped(
-                f"{MAX_EMPTY_LOOPS} outer loops in a row kept no reply: the policy does not solve any training problem. "
-                f"Warm it up for longer, sample more per problem or cooler; rollouts: {self.rollout_loop.store(outer).folder}"
+                f"{MAX_EMPTY_LOOPS} outer loops in a row kept no reply: the policy solves no training problem. Warm it up "
+                f"for longer, or sample more replies or cooler; they are in {self.rollout_loop.store(outer).folder.parent}"
             )
         if not kept:
             rank_zero_warn(f"outer loop {outer} kept no reply: its SFT is skipped")
@@ -285,7 +290,8 @@ class OuterLoopLoop(_FitLoop):
     @property
     def done(self) -> bool:
         # An outer loop that keeps nothing has no batches; that must not end the run.
-        saved, self.max_batches = self.max_batches, self.max_batches or 1
+        saved: Any = getattr(self, "max_batches")  # noqa: B009  (a plain attribute of Lightning's, of no declared type)
+        self.max_batches = saved or 1
         try:
             return super().done
         finally:
@@ -296,9 +302,7 @@ class OuterLoopLoop(_FitLoop):
         # next epoch and skip the pending validation; we finish this epoch instead.
         progress = self.epoch_loop.batch_progress
         self._finish_epoch = (
-            self.restarting
-            and progress.is_last_batch
-            and progress.total.completed == progress.total.processed - 1
+            self.restarting and progress.is_last_batch and progress.total.completed == progress.total.processed - 1
         )
         if self._finish_epoch:
             progress.increment_completed()

@@ -172,7 +172,7 @@ class PauseLitModule(pl.LightningModule):
         table = trainable_table(self.model)
         rank_zero_info(table)
         for logger in self.loggers:
-            experiment = getattr(logger, "experiment", None)
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_text"):
                 experiment.add_text("model/trains", f"```\n{table}\n```")
             elif hasattr(experiment, "summary") and rank_zero_only.rank == 0:
@@ -213,7 +213,8 @@ class PauseLitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         s = self.optimizer_settings
-        decayed, plain = [], []
+        decayed: list[torch.nn.Parameter] = []
+        plain: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 (plain if parameter.ndim < 2 or "pause_" in name else decayed).append(parameter)

@@ -17,14 +17,15 @@ from pause_lightning.tasks.gsm8k import GSM8K
 
 REAL = Path(__file__).parents[2] / "shared" / "gsm8k"
 PAUSE = "<|pause|>"
+MISTRAL_PIECES = (
+    "Natal|ia| sold| |4|8|/|2| =| <<|4|8|/|2|=|2|4|>>|2|4| cl|ips| in| May|.|\n|N|atal|ia| sold| |4|8|+|2|4| =| <<|4|8"
+    "|+|2|4|=|7|2|>>|7|2| cl|ips| altogether| in| April| and| May|.|\n|####| |7|2"
+)
 
 
 def test_the_references_draws() -> None:
     """reference.md 10: the first augmented row for seed 42, with the pieces Mistral's tokenizer has for that answer."""
-    pieces = (
-        "Natal|ia| sold| |4|8|/|2| =| <<|4|8|/|2|=|2|4|>>|2|4| cl|ips| in| May|.|\n|N|atal|ia| sold| |4|8|+|2|4| =| <<|4|8"
-        "|+|2|4|=|7|2|>>|7|2| cl|ips| altogether| in| April| and| May|.|\n|####| |7|2"
-    ).split("|")
+    pieces = MISTRAL_PIECES.split("|")
     starts = [sum(map(len, pieces[:i])) for i in range(len(pieces))]
     injection = PauseInjection(n_random_pauses=10, variable_number_of_pauses=True, protect_final_answer=False)
     text = "".join(pieces)
@@ -73,7 +74,9 @@ def test_a_pattern_puts_pauses_right_after_each_match() -> None:
     )
     text = tokenizer.decode(injected)
     assert text == "So 3 + 4 =<|pause|><|pause|> <<3+4=<|pause|><|pause|>7>>7 pens.\n#### 7"
-    newline = PauseInjection(n_pauses_per_patterns={"\n": 1}).inject(ids, answer, starts, tokenizer.pause_id, random.Random())
+    newline = PauseInjection(n_pauses_per_patterns={"\n": 1}).inject(
+        ids, answer, starts, tokenizer.pause_id, random.Random()
+    )
     assert tokenizer.decode(newline) == "<|pause|>So 3 + 4 = <<3+4=7>>7 pens.\n<|pause|>#### 7"
 
 

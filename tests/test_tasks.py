@@ -111,7 +111,11 @@ def test_copies_of_a_question_stay_on_one_side() -> None:
 
 
 def test_a_question_of_the_test_split_leaves_train() -> None:
-    splits = {"train": [Problem("a  b", "#### 1"), Problem("c", "#### 1")], "val": [], "test": [Problem("a b", "#### 1")]}
+    splits = {
+        "train": [Problem("a  b", "#### 1"), Problem("c", "#### 1")],
+        "val": [],
+        "test": [Problem("a b", "#### 1")],
+    }
     assert check_disjoint(splits) == 1
     assert [p.question for p in splits["train"]] == ["c"]
 
@@ -180,7 +184,10 @@ def test_arrays_and_lines_are_read_whatever_the_suffix(tmp_path: Path, as_array:
         (json.dumps({"question": "q", "answer": 3}), r"train.jsonl:1: column 'answer' is no text"),
         (json.dumps({"question": "q", "answer": "3"}), r"train.jsonl:1: the answer has no final answer"),
         ("", r"train.jsonl holds no record"),
-        (json.dumps({**GOOD, "question": "a <|pause|> b"}), r"train.jsonl:1: the pause token <\|pause\|> is in the data"),
+        (
+            json.dumps({**GOOD, "question": "a <|pause|> b"}),
+            r"train.jsonl:1: the pause token <\|pause\|> is in the data",
+        ),
     ],
 )
 def test_bad_data_is_named_with_its_line(tmp_path: Path, train: str, message: str) -> None:
@@ -194,7 +201,7 @@ def test_missing_folders_and_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder"):
         GSM8K(str(tmp_path / "nowhere")).load()
     (tmp_path / "train.jsonl").write_text(json.dumps(GOOD))
-    with pytest.raises(UserError, match="neither test.jsonl nor test.json"):
+    with pytest.raises(UserError, match=r"neither test\.jsonl nor test\.json"):
         GSM8K(str(tmp_path)).load()
     with pytest.raises(UserError, match="no file"):
         read_questions(tmp_path / "questions.jsonl")

@@ -1,7 +1,7 @@
 """Putting pauses into answers, on token ids: at random and after patterns (reference.md 1.4).
 
-Lives here: ``PauseInjection``, ``token_starts`` and ``word_starts`` (its units). Pauses are inserted between the ids of the answer, so taking them
-out again always gives the answer's own ids; nothing is decoded and tokenised again. No torch.
+Lives here: ``PauseInjection``, and ``token_starts`` and ``word_starts`` that give its units. Pauses are inserted between
+the ids of the answer, so taking them out again always gives the answer's own ids. No torch.
 """
 
 from __future__ import annotations

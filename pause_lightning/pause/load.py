@@ -99,7 +99,10 @@ def load_model(
         if (Path(path) / "adapter_config.json").exists():
             if lora is not None:
                 raise UserError(f"model.lora: {path} is an adapter already and goes on training; set model.lora to null")
-            adapter, path = path, json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+            adapter, path = (
+                path,
+                json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"],
+            )
             _check_path(path, f"the base model of the adapter {adapter}")
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -110,9 +113,7 @@ def load_model(
         if adapter is not None:
             saved = json.loads((Path(adapter) / "config.json").read_text())
             pause = {"head": saved["pause_head"], "detach_head": saved["pause_detach_head"]}
-        add_pause(
-            model, tokenizer.pause_id, pause_token=pause_token, init_pause_rate=init_pause_rate, **pause
-        )  # type: ignore[arg-type]
+        add_pause(model, tokenizer.pause_id, pause_token=pause_token, init_pause_rate=init_pause_rate, **pause)  # type: ignore[arg-type]
     elif tokenizer.pause_id is None and is_pause_model(model):
         raise UserError(f"model.pauses is false, but {path} is a model with pauses")
     elif is_pause_model(model) and model.config.pause_token_id != tokenizer.pause_id:
@@ -138,9 +139,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, prompt_template: str) -
     # generate() is to do what its caller says: no sampling defaults of the base model travel along.
     base.generation_config.eos_token_id = tokenizer.eos_token_id
     base.generation_config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.chat_template = (
-        "{{ " + json.dumps(before) + " + messages[-1]['content'] + " + json.dumps(after) + " }}"
-    )
+    tokenizer.chat_template = "{{ " + json.dumps(before) + " + messages[-1]['content'] + " + json.dumps(after) + " }}"
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if base is model:
@@ -158,13 +157,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, prompt_template: str) -
 def _check_path(path: str, key: str) -> None:
     """A name that can only be a local path must exist: asking the hub for it would be a slow, unclear error."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
-    if (looks_local or path.count("/") == 0) and not Path(path).expanduser().is_dir():
-        if looks_local or not _hub_name(path):
-            raise UserError(f"{key}: no folder {path}")
-
-
-def _hub_name(path: str) -> bool:
-    return bool(path) and os.environ.get("HF_HUB_OFFLINE") != "1"
+    if not Path(path).expanduser().is_dir() and (looks_local or not path):
+        raise UserError(f"{key}: no folder {path}")
 
 
 def _first_line(error: Exception) -> str:

@@ -24,10 +24,10 @@ from pause_lightning.errors import UserError
 from pause_lightning.pause.config import MODEL_TYPE, register
 from pause_lightning.pause.modules import DEFAULT_PAUSE_RATE, HeadKind, PauseEmbedding, PauseLMHead
 
-_CLASSES: dict[str, tuple[type, type]] = {}
+_CLASSES: dict[str, tuple[Any, Any]] = {}
 
 
-def pause_classes(base_model_type: str) -> tuple[type, type]:
+def pause_classes(base_model_type: str) -> tuple[Any, Any]:
     """(configuration class, model class) of the pause variant of an architecture, e.g. ``"llama"``; made once.
 
     Raises:
@@ -54,9 +54,7 @@ def pause_classes(base_model_type: str) -> tuple[type, type]:
         base._init_weights(self, module)
         if isinstance(module, (PauseEmbedding, PauseLMHead)):
             loaded = all(
-                getattr(p, "_is_hf_initialized", False)
-                for n, p in module.named_parameters()
-                if n.startswith("pause_")
+                getattr(p, "_is_hf_initialized", False) for n, p in module.named_parameters() if n.startswith("pause_")
             )
             if not loaded:
                 module.reset_pause()
@@ -89,9 +87,9 @@ def pause_classes(base_model_type: str) -> tuple[type, type]:
     return config_class, model_class
 
 
-def is_pause_model(model: nn.Module) -> bool:
+def is_pause_model(model: Any) -> bool:
     """Whether ``model`` (a HF model, not a PEFT wrapper) has pause modules."""
-    return isinstance(model.get_output_embeddings(), PauseLMHead)  # type: ignore[operator]
+    return isinstance(model.get_output_embeddings(), PauseLMHead)
 
 
 def add_pause(
@@ -153,7 +151,7 @@ def _attach(model: Any) -> None:
     head = PauseLMHead.adopt(
         model.get_output_embeddings(), config.pause_token_id, config.pause_head, config.pause_detach_head
     )
-    embedding.pause_row.is_pause_part = head.pause_head.is_pause_part = True  # type: ignore[assignment]
+    embedding.pause_row.is_pause_part = head.pause_head.is_pause_part = True
     model.set_input_embeddings(embedding)
     model.set_output_embeddings(head)
 
@@ -203,4 +201,3 @@ def reply_loss(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Te
 def context_length(config: Any) -> int | None:
     """Most tokens the model can hold, or None when its configuration does not say."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-

@@ -67,9 +67,7 @@ class PauseLMHead(nn.Linear):
         new = _adopt(cls, old)
         new.pause_id, new.kind, new.detach = pause_id, kind, detach
         # A row has no bias, as the rows of a stock LM head have none: so it folds into a plain HF model.
-        new.pause_head = nn.Linear(
-            old.in_features, 1, bias=kind == "gate", device=old.weight.device, dtype=torch.float32
-        )
+        new.pause_head = nn.Linear(old.in_features, 1, bias=kind == "gate", device=old.weight.device, dtype=torch.float32)
         return new
 
     @torch.no_grad()
@@ -114,7 +112,7 @@ class PauseLMHead(nn.Linear):
         return torch.arange(z.shape[-1], device=z.device) == self.pause_id
 
 
-def _adopt(cls, old):  # type: ignore[no-untyped-def]
+def _adopt(cls, old):
     """A ``cls`` that holds the very Parameters and settings of ``old`` (in_features, padding_idx, ...)."""
     new = cls.__new__(cls)
     nn.Module.__init__(new)
@@ -128,4 +126,4 @@ def _weight(module: nn.Module) -> Tensor:
     active = getattr(module, "modules_to_save", None)
     if active is not None:
         return next(iter(active.values())).weight
-    return module.weight  # type: ignore[return-value]
+    return module.weight

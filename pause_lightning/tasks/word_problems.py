@@ -12,8 +12,21 @@ from collections.abc import Callable, Sequence
 from pause_lightning.errors import UserError
 from pause_lightning.tasks.problem import Problem, Splits, Task
 
-NAMES = "Tom Ann Sam Mia Ben Eva Leo Zoe Max Ivy Dan Amy Kai Liz Jon Meg".split()
-ITEMS = "apples pens books coins cards eggs balls cakes shells stamps marbles stickers".split()
+NAMES = ["Tom", "Ann", "Sam", "Mia", "Ben", "Eva", "Leo", "Zoe", "Max", "Ivy", "Dan", "Amy", "Kai", "Liz", "Jon", "Meg"]
+ITEMS = [
+    "apples",
+    "pens",
+    "books",
+    "coins",
+    "cards",
+    "eggs",
+    "balls",
+    "cakes",
+    "shells",
+    "stamps",
+    "marbles",
+    "stickers",
+]
 _ATTEMPTS = 50
 
 # operation -> (sentence of the question, beginning of the line of the answer)

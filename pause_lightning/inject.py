@@ -1,8 +1,8 @@
 """``python -m pause_lightning inject``: a copy of a data set with pauses injected into its training answers.
 
 Lives here: the command; where pauses go is ``pause/injection.py``'s. The options are the reference's, names included
-(reference.md 1.4). With a tokenizer the pauses go between token ids, which are written beside the text, so that training
-uses exactly these ids; without, they go between words, for reading or other tools.
+(reference.md 1.4). With a tokenizer the pauses go between token ids, which are written beside the text, so that
+training uses exactly these ids; without, they go between words, for reading or other tools.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def main(argv: list[str]) -> int:
 
     try:
         patterns = json.loads(args.n_pauses_per_patterns)
-        assert all(isinstance(k, str) and isinstance(v, int) for k, v in patterns.items())
-    except (ValueError, AssertionError, AttributeError):
+    except ValueError:
+        patterns = None
+    if not isinstance(patterns, dict) or not all(type(count) is int for count in patterns.values()):
         raise UserError(
             f"--n_pauses_per_patterns: {args.n_pauses_per_patterns} is no JSON object of numbers, e.g. '{{\"=\": 1}}'"
-        ) from None
+        )
     injection = PauseInjection(
         n_random_pauses=args.n_random_pauses,
         variable_number_of_pauses=args.variable_number_of_pauses,
@@ -69,13 +70,20 @@ def main(argv: list[str]) -> int:
     )
     if args.n_generated_samples_per_datapoint < 1:
         raise UserError("--n_generated_samples_per_datapoint must be at least 1")
+    if not args.pause_token:
+        raise UserError("--pause_token must not be empty")
+    if args.pause_augm_col_name == args.question_column:
+        raise UserError(f"--pause_augm_col_name: {args.question_column} is the column with the question")
     source, target = Path(args.dataset_location), Path(args.augm_dataset_save_location)
     files = {name: find_split(source, name) for name in SPLITS}
-    if files["train"] is None:
-        raise UserError(f"--dataset_location: {source} has neither train.jsonl nor train.json")
-    if target.is_dir() and any(target.iterdir()) and not args.overwrite:
-        raise UserError(f"--augm_dataset_save_location: {target} is not empty; --overwrite writes into it")
-    rows = list(read_records(files["train"]))
+    train, test = files["train"], files["test"]
+    if train is None or test is None:
+        missing = "train" if train is None else "test"
+        raise UserError(f"--dataset_location: {source} has neither {missing}.jsonl nor {missing}.json")
+    _check_target(source, target, args.overwrite, [name for name in SPLITS if files[name] is not None])
+    rows = list(read_records(train))
+    if not rows:
+        raise UserError(f"{train} holds no record")
     for where, row in rows:
         if args.pause_token in text_of(row, args.answer_column, where) + text_of(row, args.question_column, where):
             raise UserError(f"{where}: the pause token {args.pause_token} is in the data already; choose another one")
@@ -92,7 +100,11 @@ def main(argv: list[str]) -> int:
             written.append({**row, column: text, **({} if ids is None else {f"{column}_ids": ids})})
             if args.verbose and index % 1000 == 0:
                 print(f"copy {copy + 1}/{copies}: {index:,}/{len(rows):,} rows", file=sys.stderr)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / INJECTION_FILE).unlink(missing_ok=True)  # written last: without it the folder is not read as injected
+    except OSError as error:
+        raise UserError(f"--augm_dataset_save_location: cannot write {target} ({error.strerror})") from None
     from pause_lightning.rollouts.store import write_json
 
     write_json(target / "train.json", written, one_per_line=True)
@@ -104,7 +116,7 @@ def main(argv: list[str]) -> int:
         "n_pauses_per_patterns": patterns,
         "pause_token_id": None if tokenizer is None else tokenizer.pause_id,
         "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
-        "source_sha256": hashlib.sha256(files["train"].read_bytes()).hexdigest(),
+        "source_sha256": hashlib.sha256(train.read_bytes()).hexdigest(),
     }
     write_json(target / INJECTION_FILE, about)
     if args.verbose:
@@ -114,6 +126,23 @@ def main(argv: list[str]) -> int:
         f"{100 * counts.count(0) / len(counts):.2f}% without"
     )
     return 0
+
+
+def _check_target(source: Path, target: Path, overwrite: bool, splits: list[str]) -> None:
+    """Refuse a target whose files would be lost, or read in place of what is written."""
+    where = f"--augm_dataset_save_location: {target}"
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{where} is a file; name a folder")
+    if target.resolve() == source.resolve():
+        raise UserError(f"{where} is the data set itself; name another folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{where} is not empty; --overwrite writes into it")
+    rewritten = {f"{name}.json" for name in splits}
+    for stale in ("train.jsonl", "test.jsonl", "val.jsonl", "val.json"):
+        if (target / stale).exists() and stale not in rewritten:
+            raise UserError(f"{where} holds {stale} of another data set, which would be read with this one: delete it")
 
 
 def augment(

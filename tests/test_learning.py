@@ -49,7 +49,7 @@ def test_star_options() -> None:
     assert len(mixed) == 15 and sum(e in truth for e in mixed) == 9
     assert STaR(ground_truth=1.0).select([], truth, 0) == []
     for bad in ({"max_per_problem": 0}, {"ground_truth": -1.0}):
-        with pytest.raises(UserError, match="data.recipe"):
+        with pytest.raises(UserError, match=r"data\.recipe"):
             STaR(**bad)
 
 
@@ -148,7 +148,9 @@ def test_a_loader_goes_on_where_it_was() -> None:
     examples = [Example(str(i), (1,) * (i % 5 + 1), (2,)) for i in range(20)]
 
     def loader() -> ResumableLoader:
-        return ResumableLoader(examples, BucketBatches([len(e) for e in examples], 3, seed=0), lambda e: [x.problem_id for x in e])
+        return ResumableLoader(
+            examples, BucketBatches([len(e) for e in examples], 3, seed=0), lambda e: [x.problem_id for x in e]
+        )
 
     whole = list(loader())
     first, second = loader(), loader()
@@ -163,7 +165,12 @@ def test_a_loader_goes_on_where_it_was() -> None:
 
 def test_metrics_by_hand() -> None:
     metrics = ReplyMetrics()
-    for correct, pauses, tokens, finished, answered in [(1, 2, 10, 1, 1), (0, 5, 20, 0, 0), (1, 0, 10, 1, 1), (0, 1, 10, 1, 1)]:
+    for correct, pauses, tokens, finished, answered in [
+        (1, 2, 10, 1, 1),
+        (0, 5, 20, 0, 0),
+        (1, 0, 10, 1, 1),
+        (0, 1, 10, 1, 1),
+    ]:
         metrics.update(
             correct=bool(correct),
             reference_correct=False,

@@ -155,8 +155,7 @@ def test_generated_problems_are_right_and_never_shared() -> None:
         ({"num_train": 10**6, "max_number": 2, "max_result": 4, "steps": [1]}, "different questions"),
     ],
 )
-def test_bad_options_of_the_generator(options: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pause_lightning.tasks.word_problems._ATTEMPTS", 0.02)
+def test_bad_options_of_the_generator(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         WordProblems(**options).load()
 

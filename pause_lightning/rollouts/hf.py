@@ -77,23 +77,29 @@ class HFSampler(Sampler):
         if (context := context_length(model.config)) is not None:
             room = min(room, context - width)
         recorder = LogprobRecorder(width)
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=room,
-                do_sample=settings.temperature > 0,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=eos_id,
-                pad_token_id=pad_id,
-                # One buffer for keys and values: a growing one is copied whole at every step (half the time on CPU).
-                cache_implementation="static",
-            ),
-            logits_processor=LogitsProcessorList([recorder, *_processors(model, settings)]),
-            streamer=None if on_token is None else _TokenStream(on_token),
+        config = GenerationConfig(
+            max_new_tokens=room,
+            do_sample=settings.temperature > 0,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
+            # One buffer for keys and values: a growing one is copied whole at every step (half the time on CPU).
+            cache_implementation="static",
         )
+        # generate() fills what is left open here from the model's own generation config: give it none.
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([recorder, *_processors(model, settings)]),
+                streamer=None if on_token is None else _TokenStream(on_token),
+            )
+        finally:
+            model.generation_config = own
         logprobs = recorder.finish(output).tolist()
         replies = []
         for row, sampled in enumerate(output[:, width:].tolist()):

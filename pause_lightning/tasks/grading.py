@@ -31,7 +31,8 @@ class Grade:
 def grade_gsm8k(reply: str, gold: str) -> Grade:
     """Grade ``reply`` against the worked answer ``gold``, which must have a final answer."""
     found, wanted = final_answer(reply), final_answer(gold)
-    correct = found is not None and wanted is not None and to_fraction(found) == to_fraction(wanted)
+    value = None if found is None else to_fraction(found)
+    correct = value is not None and wanted is not None and value == to_fraction(wanted)
     reference, expected = reference_answer(reply), reference_answer(gold)
     return Grade(found, correct, reference is not None and reference == expected, float(correct))
 

@@ -53,7 +53,7 @@ class GSM8K(Task):
     def _load_folder(self, folder: Path) -> Splits:
         marker = folder / INJECTION_FILE
         if marker.exists():
-            self.injection = read_json(marker)
+            self.injection = read_injection(marker)
         splits: Splits = {}
         for name in SPLITS:
             path = find_split(folder, name)
@@ -64,6 +64,12 @@ class GSM8K(Task):
             splits[name] = [self.problem(record, where) for where, record in self._limited(read_records(path))]
             if not splits[name]:
                 raise UserError(f"{path} holds no record")
+        has_ids = self.injection is not None and self.injection.get("tokenizer_sha256") is not None
+        if has_ids and any(p.answer_ids is None for p in splits["train"]):
+            raise UserError(
+                f"data.task.answer_column: inject wrote no pauses for the column {self.answer_column!r} of {folder}; "
+                f"its column is {self.injection.get('pause_augm_col_name')!r}"  # type: ignore[union-attr]
+            )
         return splits
 
     def _load_hub(self) -> Splits:
@@ -81,6 +87,9 @@ class GSM8K(Task):
             if name in loaded:
                 rows = ((f"{self.path} {name} row {i}", row) for i, row in enumerate(loaded[name]))
                 splits[name] = [self.problem(row, where) for where, row in self._limited(rows)]
+        for name in ("train", "test"):
+            if not splits.get(name):
+                raise UserError(f"data.task.path: the hub data set {self.path} has no rows in {name}")
         return splits
 
     def _limited(self, records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -92,18 +101,24 @@ class GSM8K(Task):
     def problem(self, record: Any, where: str) -> Problem:
         """A record as a Problem; ``where`` names it in errors."""
         question = text_of(record, self.question_column, where)
-        answer = text_of(record, self.answer_column, where)
-        ids = record.get(f"{self.answer_column}_ids")
-        if self.injection is not None and ids is not None:
-            answer = answer.replace(self.injection["pause_token"], "")
-        elif self.pause_token is not None and self.pause_token in question + answer:
+        column, ids = self.answer_column, None
+        if self.injection is not None:
+            ids = record.get(f"{column}_ids")
+            if column not in record:  # inject augments train only: val and test keep the column it read
+                column = self.injection.get("answer_column", column)
+        answer = text_of(record, column, where)
+        if ids is not None:
+            if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+                raise UserError(f"{where}: column '{column}_ids' is no list of token ids")
+            answer = answer.replace(self.injection["pause_token"], "")  # type: ignore[index]
+        if self.pause_token is not None and self.pause_token in question + answer:
             raise UserError(
-                f"{where}: the pause token {self.pause_token} is in the data already; use a data set without it (inject "
-                "with --tokenizer_hf_name writes one that can be trained on), or another model.pause_token"
+                f"{where}: the pause token {self.pause_token} is in the data already; use a data set without it "
+                "(inject with --tokenizer_hf_name writes one that can be trained on), or another model.pause_token"
             )
         if final_answer(answer) is None:
             raise UserError(f"{where}: the answer has no final answer (a last line '#### N')")
-        return Problem(question, answer, None if ids is None or self.injection is None else tuple(ids))
+        return Problem(question, answer, None if ids is None else tuple(ids))
 
 
 def read_questions(path: Path, column: str = "question") -> list[Problem]:
@@ -117,18 +132,22 @@ def read_questions(path: Path, column: str = "question") -> list[Problem]:
 
 
 def find_split(folder: Path, name: str) -> Path | None:
-    """The file of a split in a folder, if it is there."""
-    for suffix in (".jsonl", ".json"):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    return None
+    """The file of a split in a folder, if it is there. Raises: UserError if there are two, which may differ."""
+    found = [path for suffix in (".jsonl", ".json") if (path := folder / f"{name}{suffix}").is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder} has both {name}.jsonl and {name}.json: delete the one that is not meant")
+    return found[0] if found else None
 
 
-def read_json(path: Path) -> Any:
+def read_injection(path: Path) -> dict[str, Any]:
+    """What ``inject`` wrote about a data set. Raises: UserError if it is not that."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(about, dict) or not isinstance(about.get("pause_token"), str) or not about["pause_token"]:
+        raise UserError(f"{path}: has no pause_token; run inject again")
+    return about
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -138,7 +157,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         UserError: malformed JSON, with file and line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if text.lstrip().startswith("["):

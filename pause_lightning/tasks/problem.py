@@ -74,7 +74,9 @@ def check_disjoint(splits: Splits) -> int:
     """Remove, in place, problems whose question is in a later split (train < val < test); returns how many."""
     dropped, taken = 0, set()
     for name in ("test", "val", "train"):
-        rows = splits.get(name, [])
+        if name not in splits:
+            continue
+        rows = splits[name]
         kept = [p for p in rows if p.id not in taken]
         dropped += len(rows) - len(kept)
         splits[name] = kept

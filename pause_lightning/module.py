@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from pause_lightning.batches import stable_seed
 from pause_lightning.errors import RunStopped, UserError
@@ -37,8 +37,9 @@ class Optimizer:
 
     Args:
         lr: learning rate of the warm-up (or of plain SFT), after lr_warmup_steps
-        outer_lr: learning rate of the outer loops' SFT, constant; null: lr
+        outer_lr: learning rate of the outer loops' SFT; null: lr
         schedule: of lr over the warm-up: constant, or down to 0 linearly or as a cosine
+        outer_schedule: the same of outer_lr, over the SFT of each outer loop
         lr_warmup_steps: steps from 0 to lr at the start of the warm-up
         weight_decay: on matrices; never on vectors and pause modules
         betas: AdamW's
@@ -47,19 +48,21 @@ class Optimizer:
     lr: float = 5e-5
     outer_lr: float | None = None
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    outer_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
 
     def at(self, in_warmup: bool, step: int, steps: int) -> float:
         """The learning rate of optimiser step ``step`` (from 0) of a phase of ``steps``."""
+        peak, schedule, ramp = self.lr, self.schedule, self.lr_warmup_steps
         if not in_warmup:
-            return self.lr if self.outer_lr is None else self.outer_lr
-        if step < self.lr_warmup_steps:
-            return self.lr * (step + 1) / self.lr_warmup_steps
-        done = min(1.0, (step - self.lr_warmup_steps) / max(1, steps - self.lr_warmup_steps))
+            peak, schedule, ramp = (self.lr if self.outer_lr is None else self.outer_lr), self.outer_schedule, 0
+        if step < ramp:
+            return peak * (step + 1) / ramp
+        done = min(1.0, (step - ramp) / max(1, steps - ramp))
         shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-        return self.lr * shapes[self.schedule]
+        return peak * shapes[schedule]
 
 
 class PauseLitModule(pl.LightningModule):
@@ -170,7 +173,7 @@ class PauseLitModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         table = trainable_table(self.model)
-        rank_zero_info(table)
+        say(table)
         for logger in self.loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_text"):

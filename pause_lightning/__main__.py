@@ -90,18 +90,20 @@ def _useful(record: object) -> bool:
 
 def main() -> None:
     """Entry point: runs the command line and exits."""
-    from pause_lightning.errors import RunStopped, UserError
+    from pause_lightning.errors import as_user_error
 
     try:
         code = run(sys.argv[1:])
-    except (UserError, RunStopped) as error:
-        print(f"pause_lightning: {error}", file=sys.stderr)
-        code = error.exit_code
     except KeyboardInterrupt:
         print("pause_lightning: interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         code = 141
+    except Exception as error:
+        if (ours := as_user_error(error)) is None:
+            raise
+        print(f"pause_lightning: {ours}", file=sys.stderr)
+        code = ours.exit_code
     sys.exit(code)
 
 

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import pause_lightning.tasks  # noqa: F401  (its classes can be named in data.task)
 from pause_lightning.callbacks import OuterLoopProgressBar, PhaseReport, ResultsWriter
 from pause_lightning.datamodule import GSM8KDataModule
-from pause_lightning.errors import UserError
+from pause_lightning.errors import UserError, as_user_error
 from pause_lightning.module import PauseLitModule
 from pause_lightning.trainer import OuterLoopTrainer
 
@@ -55,8 +56,12 @@ class PauseArgumentParser(LightningArgumentParser):
                 given[i] = "--config=" + find_config(word.removeprefix("--config="))
         return super().parse_args(given, *rest, **kwargs)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A shortened option would be taken silently: --trainer.outer_loop.warmup for warmup_epochs.
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(self._one_line(message))
+        raise as_user_error(ex) or UserError(self._one_line(message))
 
     def _one_line(self, message: str) -> str:
         text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
@@ -117,10 +122,21 @@ class PauseCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "trainer.outer_loop.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Settings come from the configuration, never from a checkpoint."""
+
     # ---- the run folder
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        given = config.get("ckpt_path")
+        if given not in (None, "last", "best") and not Path(given).is_file():
+            raise UserError(f"--ckpt_path: no checkpoint {given}")
+        if given not in (None, "last", "best"):
+            try:
+                torch.load(given, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+            except Exception as error:
+                raise UserError(f"--ckpt_path: {given} is no checkpoint of ours ({type(error).__name__})") from None
         self.run = Path(config.runs_dir) / config.run_name
         if config.get("ckpt_path") is None:
             self.run = fresh_folder(self.run)

@@ -4,6 +4,10 @@ Lives here: the two exception classes and nothing else. They are turned into one
 ``__main__.py``; everything else that is raised is a bug of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import re
+
 
 class UserError(Exception):
     """Bad input: a setting, a file, a checkpoint. Ends the program with exit code 2."""
@@ -15,3 +19,14 @@ class RunStopped(Exception):
     """A run that cannot go on (loss is NaN, nothing is kept, disk full). What is finished is on disk. Exit code 1."""
 
     exit_code = 1
+
+
+def as_user_error(error: BaseException | None) -> UserError | RunStopped | None:
+    """The error of ours that ``error`` is or wraps: jsonargparse reports what a constructor raises as its own."""
+    seen = error
+    while seen is not None:
+        if isinstance(seen, (UserError, RunStopped)):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    own = re.search(r"- (data\.[\w.]+ must (?:be|not) [^\n]*|data\.task: [^\n]*)", str(error))
+    return UserError(own.group(1)) if own else None

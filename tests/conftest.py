@@ -36,7 +36,7 @@ def tiny_model(arch: str = "llama", tied: bool = True, vocab: int = VOCAB, seed:
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
         }
-    config = AutoConfig.for_model(arch, **common, **own, **more)
+    config = AutoConfig.for_model(arch, **{**common, **own, **more})
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -63,7 +63,7 @@ def test_what_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
         ("", "train.jsonl holds no record"),
         (
             json.dumps({"question": "long " * 400, "answer": "#### 2"}) + "\n" + GOOD.replace("?", "!" * 900),
-            "longer than the",
+            "longer than",
         ),
     ],
 )

@@ -182,9 +182,8 @@ def test_the_exported_model_is_used_by_the_other_commands(run: tuple[Path, str],
     assert command("ask", "--model", str(folder), "--max_new_tokens", "5", "How many?", cwd=tmp_path).stdout.strip()
 
 
-def test_lora_on_a_pretrained_folder(run: tuple[Path, str], tmp_path: Path) -> None:
+def test_lora_on_a_pretrained_folder(tmp_path: Path) -> None:
     """A checkpoint of a LoRA run holds no base weights; adapter/ goes on training, final/ is merged."""
-    folder, _ = run
     base = tmp_path / "base"
     from conftest import tiny_model
 

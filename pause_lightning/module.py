@@ -225,7 +225,9 @@ class PauseLitModule(pl.LightningModule):
             {"params": decayed, "weight_decay": s.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=s.betas, fused=True)
+        # Lightning does not clip the gradients of a fused optimizer under mixed precision.
+        fused = "mixed" not in str(self.trainer.precision)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=s.betas, fused=fused)
 
     @property
     def _seed(self) -> int:

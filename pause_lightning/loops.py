@@ -176,6 +176,8 @@ class _EpochLoop(_TrainingEpochLoop):
             return False
         if _is_max_limit_reached(self.global_step, self.max_steps):
             return True
+        if self.restarting and self.batch_progress.is_last_batch:
+            return True  # saved where a phase ended, maybe of another schedule: that epoch is over
         return self.batch_progress.is_last_batch and self.trainer.fit_loop.epoch_ends_phase
 
 

@@ -240,3 +240,11 @@ def test_restarts(restart: str, tmp_path: Path) -> None:
     state = torch.load(tmp_path / "runs" / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     steps = {int(s["step"]) for s in state["optimizer_states"][0]["state"].values()}
     assert steps < {state["global_step"]} or max(steps) < state["global_step"]
+
+
+def test_a_finished_warm_up_can_be_made_longer(tmp_path: Path) -> None:
+    """--ckpt_path last with more epochs trains exactly the epochs that are new: two of five batches each."""
+    settings = tiny_settings(trainer__outer_loop__num_outer_loops="0", trainer__outer_loop__test_after_fit="false")
+    command("fit", *settings, cwd=tmp_path)
+    more = command("fit", *settings, "--trainer.outer_loop.warmup_epochs=4", "--ckpt_path", "last", cwd=tmp_path).stdout
+    assert "warm-up            10 steps" in more

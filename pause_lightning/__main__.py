@@ -75,6 +75,7 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Trying to infer the `batch_size`.*",
         ".*You have overridden `transfer_batch_to_device`.*",
+        ".*Total length of .* across ranks is zero.*",
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -111,7 +111,7 @@ def _last_lines(summary: dict[str, Any], module: Any) -> None:
             f"gain                          {gain:+.1f} points ({t['gained']} gained, {t['lost']} lost, "
             f"exact paired test p = {t['p']:.2g})"
         )
-    if summary["test"]["pauses"] == 0 and module.pauses if "test" in summary else False:
+    if "test" in summary and module.pauses and summary["test"]["pauses"] == 0:
         say("no pauses under greedy decoding: a head that learned a low rate everywhere never wins the argmax (README)")
     say(f"time                          {summary['seconds']['fit']:.0f} s fit, {summary['seconds']['total']:.0f} s in all")
     say(f"model                         {summary['run']}/final")

@@ -1,4 +1,4 @@
-# make quickstart    set up .venv and run the main job (about four minutes after installation)
+# make quickstart    set up .venv and run the main job (about five minutes after installation)
 # make test          set up what is missing, then lint, types and all tests
 # make lint          ruff and mypy only
 # make clean         remove .venv, caches and build outputs (runs/ and models/ stay)

@@ -236,7 +236,8 @@ def test_restarts(restart: str, tmp_path: Path) -> None:
     command("fit", *settings, cwd=tmp_path)
     state = torch.load(tmp_path / "runs" / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     steps = {int(s["step"]) for s in state["optimizer_states"][0]["state"].values()}
-    assert steps < {state["global_step"]} or max(steps) < state["global_step"]
+    # the optimizer has counted the steps of the last outer loop only
+    assert max(steps) < state["global_step"]
 
 
 def test_a_finished_warm_up_can_be_made_longer(tmp_path: Path) -> None:

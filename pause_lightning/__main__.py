@@ -92,6 +92,7 @@ def _useful(record: object) -> bool:
 def main() -> None:
     """Entry point: runs the command line and exits."""
     from pause_lightning.errors import as_user_error
+    from pause_lightning.processes import rank
 
     try:
         code = run(sys.argv[1:])
@@ -102,8 +103,12 @@ def main() -> None:
         code = 141
     except Exception as error:
         if (ours := as_user_error(error)) is None:
+            if rank() and "torch.distributed" in sys.modules and isinstance(error, (RuntimeError, ConnectionError)):
+                sys.exit(1)  # the connection to another process is lost: that one has said why
             raise
-        print(f"pause_lightning: {ours}", file=sys.stderr)
+        if rank() == 0 or getattr(ours, "here_only", False):
+            who = f" [process {rank()}]" if rank() else ""
+            print(f"pause_lightning{who}: {ours}", file=sys.stderr)
         code = ours.exit_code
     sys.exit(code)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class BucketBatches:
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader over examples that counts its batches; Lightning stores the count in checkpoints.
+    """A DataLoader over examples that can start in the middle of an epoch (``skip``).
 
     ``redraw(epoch)``: makes the examples of an epoch anew (same problems, same order), for pauses drawn per epoch.
     """
@@ -80,38 +81,43 @@ class ResumableLoader(DataLoader):
         self.redraw = redraw
         self.examples, self.drawn = examples, 0
         self.batches = batches
-        self.consumed = 0
         super().__init__(examples, batch_sampler=batches, collate_fn=collate_fn)
 
-    def state_dict(self) -> dict[str, int]:
-        # Exhausted means 0: Lightning itself moves on to the next epoch.
-        return {"consumed": 0 if self.consumed >= len(self) else self.consumed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batches.skip = state["consumed"]
+    def skip(self, batches: int) -> None:
+        """Leave out so many batches of the next epoch: they have been trained on."""
+        self.batches.skip = batches
 
     def __iter__(self) -> Iterator[Any]:
-        self.consumed = self.batches.skip
-        batches = iter(self.batches)
-        first = True
-        for indices in batches:
-            if first and self.redraw is not None and self.drawn != self.batches.epoch:
+        for number, indices in enumerate(self.batches):
+            if number == 0 and self.redraw is not None and self.drawn != self.batches.epoch:
                 self.examples, self.drawn = self.redraw(self.batches.epoch), self.batches.epoch
-            first = False
-            self.consumed += 1
             yield self.collate_fn([self.examples[i] for i in indices])
 
 
-class PromptLoader:
-    """Batches of prompts for one process; every prompt is in one batch of one process."""
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts that are answered together. ``index``: its number among the batches of all processes."""
 
-    def __init__(self, batches: list[list[Any]]) -> None:
-        self.batches = batches
+    index: int
+    prompts: tuple[Any, ...]
+
+
+class PromptLoader:
+    """Batches of prompts for one process; every prompt is in one batch of one process.
+
+    The batches do not depend on the number of processes. All processes get equally many, the last of some is empty.
+    """
+
+    def __init__(self, prompts: Sequence[Any], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        starts = range(0, len(prompts), batch_size)
+        batches = [PromptBatch(i, tuple(prompts[s : s + batch_size])) for i, s in enumerate(starts)]
+        batches += [PromptBatch(i, ()) for i in range(len(batches), -(-len(batches) // world_size) * world_size)]
+        self.batches = batches[rank::world_size]
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[PromptBatch]:
         return iter(self.batches)
 
 

@@ -7,17 +7,19 @@ accuracy in every long phase), ``ResultsWriter`` (val_results_*.json, test_resul
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from tqdm.auto import tqdm
 
+from pause_lightning.files import atomic, write_json
 from pause_lightning.module import say
-from pause_lightning.rollouts.store import write_json
+from pause_lightning.processes import gather
 from pause_lightning.stats import show_accuracy
 
 
@@ -33,9 +35,16 @@ class PhaseReport(Callback):
 
     def __init__(self) -> None:
         self.phases: list[dict[str, Any]] = []
-        self._losses: list[torch.Tensor] = []
+        self._losses: deque[float] = deque(maxlen=100)
         self._started = time.monotonic()
         self._step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"phases": self.phases, "losses": list(self._losses), "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.phases, self._step = state_dict["phases"], state_dict["step"]
+        self._losses.extend(state_dict["losses"])
 
     def _line(self, name: str, text: str, **facts: Any) -> None:
         seconds = time.monotonic() - self._started
@@ -44,20 +53,20 @@ class PhaseReport(Callback):
         self._started = time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._started, self._step = time.monotonic(), trainer.global_step
+        self._started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._losses.append(outputs["loss"].detach())
+        self._losses.append(outputs["mean_loss"])
 
     def _training_line(self, trainer: Any) -> None:
         if not self._losses:
             return
         loop = trainer.fit_loop
         name = "warm-up" if loop.outer_index is None else f"outer loop {loop.outer_index} sft"
-        recent = torch.stack(self._losses[-100:]).mean().item()
-        steps = trainer.global_step - self._step
-        self._line(name, f"{steps} steps, loss {recent:.4f} (last {min(100, len(self._losses))})", steps=steps)
-        self._losses, self._step = [], trainer.global_step
+        recent, steps = sum(self._losses) / len(self._losses), trainer.global_step - self._step
+        self._line(name, f"{steps} steps, loss {recent:.4f} (last {len(self._losses)})", steps=steps)
+        self._losses.clear()
+        self._step = trainer.global_step
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.training or trainer.state.fn == "fit":
@@ -142,24 +151,36 @@ class ResultsWriter(Callback):
         self._write(trainer, pl_module, f"{pl_module.test_name}_results.json")
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        rows = gather(pl_module.results, trainer)
+        rows = in_order(trainer, pl_module.results)
         if trainer.is_global_zero and rows:
             path = Path(trainer.default_root_dir) / "predictions.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+            with atomic(path) as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
             say(f"{len(rows)} replies written to {path}")
 
     def _write(self, trainer: Any, pl_module: Any, name: str) -> None:
-        rows = gather(pl_module.results, trainer)
+        rows = in_order(trainer, pl_module.results)
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
             write_json(Path(trainer.default_root_dir) / name, rows)
 
 
-def gather(rows: list[Any], trainer: Any) -> list[Any]:
-    """The rows of all processes, process by process."""
-    if trainer.world_size == 1:
-        return rows
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+def in_order(trainer: Any, results: list[tuple[int, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """The rows of all processes, in the order of the problems."""
+    batches = sorted(gather(trainer, results), key=lambda numbered: numbered[0])
+    return [row for _, rows in batches for row in rows]
+
+
+class Retention(Callback):
+    """Deletes rollouts and validation replies of outer loops that are done, but for the newest ``keep_loops``."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        keep, outer = trainer.outer_loop.keep_loops, trainer.fit_loop.outer_index
+        if keep is None or outer is None or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        run = Path(trainer.default_root_dir)
+        for old in range(outer - keep, -1, -1):
+            folder = run / "rollouts" / f"outer_{old:03d}"
+            if not folder.exists():
+                break
+            shutil.rmtree(folder)
+            (run / f"val_results_outer_loop_{old}.json").unlink(missing_ok=True)

@@ -14,15 +14,18 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import pause_lightning.tasks  # noqa: F401  (its classes can be named in data.task)
-from pause_lightning.callbacks import OuterLoopProgressBar, PhaseReport, ResultsWriter
+from pause_lightning.callbacks import OuterLoopProgressBar, PhaseReport, ResultsWriter, Retention
+from pause_lightning.checkpoints import BestCheckpoints, RunCheckpoints, describe, read_checkpoint
 from pause_lightning.datamodule import GSM8KDataModule
 from pause_lightning.errors import UserError, as_user_error
-from pause_lightning.module import PauseLitModule
+from pause_lightning.files import locked
+from pause_lightning.module import PauseLitModule, say
+from pause_lightning.processes import first_decides, rank
+from pause_lightning.runs import FINISHED, RunInputs, SettingsFile, choose_run
 from pause_lightning.trainer import OuterLoopTrainer
 
 CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
@@ -100,7 +103,7 @@ class PauseCLI(LightningCLI):
             seed_everything_default=42,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SettingsFile,
             parser_kwargs={"prog": "python -m pause_lightning", "description": __doc__.splitlines()[0]},
             args=args,
         )
@@ -112,6 +115,10 @@ class PauseCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_name", type=str, default="run", help="name of the run's folder")
         parser.add_argument("--runs_dir", type=str, default="runs", help="where run folders are made")
+        parser.add_argument(
+            "--fresh", action="store_true", help="begin a new run even if the folder holds one that was cut off"
+        )
+        parser.add_class_arguments(RunCheckpoints, "checkpoint")
         parser.set_defaults(
             {
                 "data.task": {"class_path": "pause_lightning.tasks.GSM8K"},
@@ -128,18 +135,27 @@ class PauseCLI(LightningCLI):
     # ---- the run folder
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
-        given = config.get("ckpt_path")
-        if given not in (None, "last", "best") and not Path(given).is_file():
-            raise UserError(f"--ckpt_path: no checkpoint {given}")
-        if given not in (None, "last", "best"):
-            try:
-                torch.load(given, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-            except Exception as error:
-                raise UserError(f"--ckpt_path: {given} is no checkpoint of ours ({type(error).__name__})") from None
-        self.run = Path(config.runs_dir) / config.run_name
-        if config.get("ckpt_path") is None:
-            self.run = fresh_folder(self.run)
+        config, command = self.config[self.subcommand], str(self.subcommand)
+        wanted = Path(config.runs_dir) / config.run_name
+        processes = config.trainer.num_nodes * (config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
+
+        def decide() -> dict[str, Any]:
+            settings = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            ckpt_path = config.get("ckpt_path")
+            choice = choose_run(command, wanted, ckpt_path, config.fresh, settings, processes)
+            for note in choice["notes"]:
+                print(f"pause_lightning: {note}", file=sys.stderr)
+            return choice
+
+        choice = first_decides(decide)
+        self.run = Path(choice["folder"])
+        if command in FINISHED and rank() == 0:
+            self._lock = locked(self.run)  # held until the process ends
+            if not self._lock.__enter__():
+                raise UserError(f"{self.run} is being written by another process")
+        if choice["ckpt_path"] is not None or config.get("ckpt_path") is not None:
+            config.ckpt_path = choice["ckpt_path"]
+        self.resumed = (self.run / "inputs.json").is_file()
         config.trainer.default_root_dir = str(self.run)
         logger = config.trainer.logger
         if logger is None or logger is True:
@@ -154,27 +170,15 @@ class PauseCLI(LightningCLI):
                     args["save_dir"] = str(self.run)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        fit = self.subcommand == "fit"
-        callbacks = [PhaseReport(), ResultsWriter()]
         given = self._get(self.config_init, "trainer")["callbacks"] or []
+        callbacks: list[Any] = [PhaseReport(), ResultsWriter(), RunInputs(self.resumed)]
         if not any(isinstance(c, OuterLoopProgressBar) for c in given) and (
             self._get(self.config_init, "trainer")["enable_progress_bar"] is not False
         ):
             callbacks.append(OuterLoopProgressBar())
-        if fit or self._get(self.config_init, "ckpt_path") is not None:
-            callbacks.append(
-                ModelCheckpoint(
-                    dirpath=self.run / "checkpoints",
-                    filename="epoch{epoch:03d}-step{step:06d}",
-                    auto_insert_metric_name=False,
-                    monitor="val/accuracy",
-                    mode="max",
-                    save_top_k=3,
-                    save_last=True,
-                    save_on_train_epoch_end=False,
-                    enable_version_counter=False,
-                )
-            )
+        if self.subcommand == "fit":
+            # In this order: last.ckpt is to hold what all others have noted. (Lightning moves checkpoints to the end.)
+            callbacks += [Retention(), BestCheckpoints(self.run / "checkpoints"), self._get(self.config_init, "checkpoint")]
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)
 
@@ -182,18 +186,14 @@ class PauseCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.started = time.monotonic()
-        print(f"run folder: {self.run}", flush=True)
+        say(f"run folder: {self.run}")
+        path = self.config_init[self.subcommand].get("ckpt_path")
+        if path is not None:
+            at = read_checkpoint(Path(path)).get("loops", {}).get("fit_loop", {}).get("position")
+            say(f"going on from {path}" + (f": {describe(at)}" if at else ""))
 
     def after_fit(self) -> None:
         from pause_lightning.finish import finish_fit
 
         if not self.trainer.fast_dev_run:
             finish_fit(self.trainer, self.model, self.datamodule, self.started)
-
-
-def fresh_folder(folder: Path) -> Path:
-    """``folder``, or ``folder-2``, ``folder-3``, ... : a run never writes into the folder of another."""
-    candidate, number = folder, 2
-    while candidate.exists() and any(candidate.iterdir()):
-        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return candidate

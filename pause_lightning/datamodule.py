@@ -6,7 +6,6 @@ pause is injected ``pause/injection.py``'s, what rollouts teach the recipe's (``
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from pause_lightning.batches import BucketBatches, PromptLoader, ResumableLoader, collate, stable_seed
+from pause_lightning.batches import BucketBatches, PromptBatch, PromptLoader, ResumableLoader, collate, stable_seed
 from pause_lightning.errors import UserError
 from pause_lightning.pause.injection import PauseInjection, token_starts
 from pause_lightning.recipes import Example, Recipe, STaR
@@ -31,6 +30,9 @@ class Prompt:
 
     problem: Problem
     ids: tuple[int, ...]
+
+
+__all__ = ["GSM8KDataModule", "Prompt", "PromptBatch", "Unit"]
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,4 @@ class GSM8KDataModule(pl.LightningDataModule):
     def _loader(self, prompts: list[Prompt]) -> PromptLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        count = math.ceil(len(prompts) / self.eval_batch_size)
-        batches = [prompts[i * self.eval_batch_size : (i + 1) * self.eval_batch_size] for i in range(count)]
-        return PromptLoader(batches[rank::world])
+        return PromptLoader(prompts, self.eval_batch_size, rank, world)

@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
-
-from pause_lightning.callbacks import PhaseReport
+from pause_lightning.callbacks import PhaseReport, in_order
+from pause_lightning.checkpoints import BestCheckpoints
+from pause_lightning.files import write_json
 from pause_lightning.loops import START
 from pause_lightning.module import say
-from pause_lightning.rollouts.store import write_json
 from pause_lightning.stats import mcnemar, show_accuracy
+from pause_lightning.strategies import FSDP2Strategy
 
 
 def finish_fit(trainer: Any, module: Any, data: Any, started: float) -> dict[str, Any]:
@@ -53,12 +53,13 @@ def finish_fit(trainer: Any, module: Any, data: Any, started: float) -> dict[str
         "versions": {p: version(p) for p in ("torch", "lightning", "transformers", "peft")},
         "machine": platform.machine(),
     }
-    summary |= {name: metrics for name, metrics in getattr(module, "metrics_of", {}).items() if name != "val"}
+    summary |= {name: metrics for name, metrics in module.metrics_of.items() if name != "val"}
     if "before" in tested:
         lost, gained, p = mcnemar(tested["before"], tested["final"])
         summary["paired_test"] = {"lost": lost, "gained": gained, "p": p}
+    state = trainer.strategy.gather(module.state_dict()) if isinstance(trainer.strategy, FSDP2Strategy) else None
     if trainer.is_global_zero:
-        export(module, data, run)
+        export(module, data, run, state)
         write_json(run / "summary.json", _plain(summary))
         _last_lines(summary, module)
     return summary
@@ -67,20 +68,27 @@ def finish_fit(trainer: Any, module: Any, data: Any, started: float) -> dict[str
 def best_checkpoint(trainer: Any) -> tuple[Path | None, float | None]:
     """(path, validation accuracy) of the best checkpoint of this fit, if any was written."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+        if isinstance(callback, BestCheckpoints) and callback.best_model_path:
             score = callback.best_model_score
             return Path(callback.best_model_path), None if score is None else float(score)
     return None, None
 
 
-def export(module: Any, data: Any, run: Path) -> None:
-    """``final/``: the policy as a plain HF folder (LoRA merged); ``adapter/`` as well when it has LoRA."""
+def export(module: Any, data: Any, run: Path, state: dict[str, Any] | None = None) -> None:
+    """``final/``: the policy as a plain HF folder (LoRA merged); ``adapter/`` as well when it has LoRA.
+
+    ``state``: the module's gathered state dict, where its own weights are sharded.
+    """
     from pause_lightning.pause.load import save_model
 
     model = module.model
+    if state is not None:
+        model = module.build(weights=False)
+        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()}, assign=True)
+        (model.get_base_model() if hasattr(model, "get_base_model") else model).tie_weights()
     if hasattr(model, "merge_and_unload"):
         save_model(model, module.tokenizer, run / "adapter", data.prompt_template)
-        module.model = model = model.merge_and_unload()
+        model = model.merge_and_unload()
     save_model(model, module.tokenizer, run / "final", data.prompt_template)
 
 
@@ -88,7 +96,7 @@ def _test(trainer: Any, module: Any, data: Any, name: str) -> list[bool]:
     module.test_name = name
     try:
         trainer.test(module, datamodule=data, verbose=False)
-        return [row[f"{name}/accuracy"] for row in module.results]
+        return [row[f"{name}/accuracy"] for row in in_order(trainer, module.results)]
     finally:
         module.test_name = "test"
 

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         (target / INJECTION_FILE).unlink(missing_ok=True)  # written last: without it the folder is not read as injected
     except OSError as error:
         raise UserError(f"--augm_dataset_save_location: cannot write {target} ({error.strerror})") from None
-    from pause_lightning.rollouts.store import write_json
+    from pause_lightning.files import write_json
 
     write_json(target / "train.json", written, one_per_line=True)
     for name in ("val", "test"):

@@ -1,16 +1,22 @@
 """When things happen: warm-up epochs, then rollouts and SFT epochs in turn. Knows no model, no task, no pause.
 
-Lives here: ``OuterLoopLoop`` (Lightning's fit loop with a schedule), ``RolloutLoop`` and the ``OuterLoop`` settings.
+Lives here: ``OuterLoopLoop`` (Lightning's fit loop with a schedule) and ``RolloutLoop``; the settings are
+``schedule.py``'s.
 
 One Lightning epoch is one SFT epoch; the schedule is flat (lightning-notes.md 1.2): epoch e < warmup_epochs is
 warm-up, then ``sft_epochs`` epochs belong to each outer loop, whose rollouts are sampled in ``on_advance_start`` of its
-first epoch unless they are complete on disk. So the epoch counter in a checkpoint says everything about the position,
-and the rollouts on disk say the rest. The loop protocol is Lightning's private one, hence ``lightning<2.7``.
+first epoch, as far as they are not on the disk.
 
-What the module must offer: ``rollout_unit(unit, samples, seed, on_progress) -> list[Rollout]`` and
-``policy_fingerprint() -> str``; the data module: ``rollout_units``, ``train_on_warmup``, ``train_on_rollouts``, ``hash``.
-Callbacks may have the hooks on_rollout_start(trainer, module, outer, total, done), on_rollout_progress(..., outer, n),
-on_rollout_unit_end(..., outer, rollouts), on_rollout_end(..., outer, metrics), on_sft_start(..., outer, kept).
+Where a run can be resumed is three numbers, its *position*: the epoch, the batches of it that are done (all of them:
+its validation is still to come), and the batches in all. A checkpoint holds the position instead of Lightning's
+progress counters, and loading one sets the counters as they are in an uninterrupted run; Lightning's own restart
+states are never entered. The loop protocol is Lightning's private one, hence ``lightning<2.7``.
+
+What the module must offer: ``rollout_unit(unit or None, samples, seed, on_progress) -> list[Rollout]``,
+``policy_fingerprint() -> str``, ``generating()`` (a context) and ``in_step``; the data module: ``rollout_units``,
+``train_on_warmup``, ``train_on_rollouts``, ``hash``. Callbacks may have the hooks on_rollout_start(trainer, module,
+outer, total, done), on_rollout_progress(..., outer, n), on_rollout_unit_end(..., outer, rollouts), on_rollout_end(...,
+outer, metrics), on_sft_start(..., outer, kept), on_resumable(trainer, module, position).
 """
 
 from __future__ import annotations
@@ -19,63 +25,23 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.loops.utilities import _is_max_limit_reached
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pause_lightning.batches import stable_seed
 from pause_lightning.errors import RunStopped, UserError
 from pause_lightning.metrics import ReplyMetrics
+from pause_lightning.processes import WorkQueue
 from pause_lightning.rollouts.store import Rollout, RolloutStore
+from pause_lightning.schedule import OuterLoop
 
 MAX_EMPTY_LOOPS = 3
 START = "start_of_outer_loops.ckpt"
-
-
-@dataclass
-class OuterLoop:
-    """The schedule: warm-up epochs, then num_outer_loops times (rollouts, then SFT epochs on what is kept).
-
-    Args:
-        warmup_epochs: SFT epochs on the answers of the data set; 0 starts from the model as it is
-        num_outer_loops: rounds of rollouts and SFT; 0 is plain SFT
-        sft_epochs: SFT epochs on the kept replies of one outer loop
-        samples_per_problem: replies sampled to each problem in an outer loop
-        restart: what starts anew before the SFT of every outer loop: nothing, the optimizer, or also the weights
-            (those from before the first outer loop, as in the STaR paper)
-        test_after_fit: test the best checkpoint, and the weights from before the first outer loop, when fit ends
-        seed: seed of sampling; on the command line it is seed_everything
-    """
-
-    warmup_epochs: int = 1
-    num_outer_loops: int = 10
-    sft_epochs: int = 1
-    samples_per_problem: int = 1
-    restart: Literal["nothing", "optimizer", "weights"] = "nothing"
-    test_after_fit: bool = True
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("warmup_epochs", 0),
-            ("num_outer_loops", 0),
-            ("sft_epochs", 1),
-            ("samples_per_problem", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"trainer.outer_loop.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.warmup_epochs + self.num_outer_loops == 0:
-            raise UserError("nothing to do: trainer.outer_loop.warmup_epochs and num_outer_loops are both 0")
-
-    @property
-    def epochs(self) -> int:
-        return self.warmup_epochs + self.num_outer_loops * self.sft_epochs
 
 
 def call_hook(trainer: Any, name: str, *args: Any) -> None:
@@ -86,12 +52,24 @@ def call_hook(trainer: Any, name: str, *args: Any) -> None:
             hook(trainer, trainer.lightning_module, *args)
 
 
-class RolloutLoop(_Loop):
+@dataclass(frozen=True)
+class Position:
+    """Where a run is. ``epoch``: SFT epochs done; ``batches``: done in the next one; ``total``: batches done in all.
+
+    ``ends_epoch``: all batches of the epoch are done, its validation is still to come.
+    """
+
+    epoch: int
+    batches: int
+    total: int
+    ends_epoch: bool
+
+
+class RolloutLoop:
     """Samples, grades and stores the replies of one outer loop; what is on disk already is not sampled again."""
 
     def __init__(self, trainer: Any, settings: OuterLoop) -> None:
-        super().__init__(trainer)
-        self.settings = settings
+        self.trainer, self.settings = trainer, settings
 
     def store(self, outer: int) -> RolloutStore:
         return RolloutStore(Path(self.trainer.default_root_dir) / "rollouts" / f"outer_{outer:03d}")
@@ -108,35 +86,44 @@ class RolloutLoop(_Loop):
         }
 
     def run(self, outer: int) -> dict[str, float]:
-        """Complete the rollouts of ``outer``; returns their metrics."""
+        """Complete the rollouts of ``outer``; returns their metrics.
+
+        Units (fixed blocks of problems) are dealt out to the processes; a unit's replies are a function of the unit,
+        the policy and the seed, whichever process samples them.
+
+        Raises:
+            UserError: the folder holds rollouts of something else.
+            Interrupted: told to stop; finished units are on the disk.
+        """
         trainer, module, started = self.trainer, self.trainer.lightning_module, time.monotonic()
         units = trainer.datamodule.rollout_units(outer)
-        samples = self.settings.samples_per_problem
-        store = self.store(outer)
+        samples, store = self.settings.samples_per_problem, self.store(outer)
+        fingerprint = self.fingerprint()
+        done: set[int] = set()
         if trainer.is_global_zero:
-            store.open(self.fingerprint())
-        trainer.strategy.barrier("rollout_open")
-        done = {rollout.unit for rollout in store.read()}
-        mine = [u for u in units if u.index % trainer.world_size == trainer.global_rank and u.index not in done]
+            store.open(fingerprint)
+            done = store.units()
+        done = trainer.strategy.broadcast(done)
         total = samples * sum(len(u.prompts) for u in units)
         before = samples * sum(len(u.prompts) for u in units if u.index in done)
         call_hook(trainer, "on_rollout_start", outer, total, before)
-        was_training = module.training
-        module.eval()
-        try:
-            for unit in mine:
-                seed = stable_seed(self.settings.seed, "rollout", outer, unit.index)
-                rollouts = module.rollout_unit(
-                    unit, samples, seed, lambda n: call_hook(trainer, "on_rollout_progress", outer, n)
-                )
-                store.append(trainer.global_rank, rollouts)
-                call_hook(trainer, "on_rollout_unit_end", outer, rollouts)
-                if trainer.received_sigterm:
-                    raise SIGTERMException
-        finally:
-            module.train(was_training)
+
+        def on_progress(n: int) -> None:
+            trainer.stop.check()
+            if n:
+                call_hook(trainer, "on_rollout_progress", outer, n)
+
+        missing = [u for u in units if u.index not in done]
+        with module.generating():
+            for unit in WorkQueue(trainer, missing, in_step=module.in_step):
+                seed = stable_seed(self.settings.seed, "rollout", outer, unit.index if unit else None)
+                rollouts = module.rollout_unit(unit, samples, seed, on_progress)
+                if unit is not None:
+                    store.append(trainer.global_rank, rollouts)
+                    call_hook(trainer, "on_rollout_unit_end", outer, rollouts)
+                trainer.stop.check()
         trainer.strategy.barrier("rollout")
-        metrics = self.metrics(store.read()) | {"seconds": time.monotonic() - started}
+        metrics = self.metrics(self.read(outer, units)) | {"seconds": time.monotonic() - started}
         if trainer.is_global_zero:
             store.finish({"outer": outer, **metrics})
         trainer.strategy.barrier("rollout_done")
@@ -144,9 +131,26 @@ class RolloutLoop(_Loop):
         call_hook(trainer, "on_rollout_end", outer, metrics)
         return metrics
 
+    def read(self, outer: int, units: list[Any] | None = None) -> list[Rollout]:
+        """All rollouts of ``outer``, in the order of the units.
+
+        Raises:
+            UserError: some are missing. They cannot be sampled anew, as the policy has moved on.
+        """
+        store = self.store(outer)
+        wanted = {u.index for u in (units or self.trainer.datamodule.rollout_units(outer))}
+        rollouts = store.read()
+        if missing := sorted(wanted - {r.unit for r in rollouts}):
+            raise UserError(
+                f"{store.folder}: {len(missing)} of {len(wanted)} units of rollouts are missing or damaged (first: unit "
+                f"{missing[0]}), and the policy has been trained since. Delete this run's checkpoints/last.ckpt and epoch.ckpt, "
+                "and run the same command again: it goes on from an older checkpoint and samples them again"
+            )
+        return [r for r in rollouts if r.unit in wanted]
+
     @staticmethod
     def metrics(rollouts: list[Rollout]) -> dict[str, float]:
-        measured = ReplyMetrics()
+        measured = ReplyMetrics(sync_on_compute=False)  # every process has read all of them
         for r in rollouts:
             measured.update(
                 correct=r.correct,
@@ -166,7 +170,23 @@ class RolloutLoop(_Loop):
 
 
 class _EpochLoop(_TrainingEpochLoop):
-    """Lightning's batch loop, which validates where a phase ends rather than every n epochs."""
+    """Lightning's batch loop, which validates where a phase ends, and says where a run can be resumed."""
+
+    def reset(self) -> None:
+        super().reset()
+        done = self.trainer.fit_loop.resumed_batches
+        current = self.batch_progress.current
+        current.ready = current.started = current.processed = current.completed = done
+        self.trainer.fit_loop.resumed_batches = 0
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        # The batch is trained on and logged. Inside an accumulation window nothing could be resumed.
+        if not self._should_accumulate():
+            call_hook(self.trainer, "on_resumable", self.trainer.fit_loop.position)
+        super().on_advance_end(data_fetcher)
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Lightning's agreement on stopping, once per batch; ours is in ``on_resumable``."""
 
     def _should_check_val_epoch(self) -> bool:
         return bool(self.trainer.enable_validation)
@@ -176,8 +196,6 @@ class _EpochLoop(_TrainingEpochLoop):
             return False
         if _is_max_limit_reached(self.global_step, self.max_steps):
             return True
-        if self.restarting and self.batch_progress.is_last_batch:
-            return True  # saved where a phase ended, maybe of another schedule: that epoch is over
         return self.batch_progress.is_last_batch and self.trainer.fit_loop.epoch_ends_phase
 
 
@@ -188,10 +206,11 @@ class OuterLoopLoop(_FitLoop):
         super().__init__(trainer, min_epochs=min_epochs, max_epochs=max_epochs)
         self.settings = settings
         self.rollout_loop = RolloutLoop(trainer, settings)
+        self.resumed_batches = 0  # of the next epoch, trained on before this process started
         self._data_of: int | None = None  # outer loop whose data is loaded; -1: the warm-up's
-        self._prepared = -1  # last outer loop whose restart has been done
+        self._rollouts_of: int | None = None  # outer loop whose rollouts are known to be complete
         self._empty = 0  # outer loops in a row that kept nothing
-        self._finish_epoch = False
+        self._only_validate = False
 
     @classmethod
     def install(cls, trainer: Any, settings: OuterLoop) -> OuterLoopLoop:
@@ -219,6 +238,28 @@ class OuterLoopLoop(_FitLoop):
         after = self.epoch_index + 1 - self.settings.warmup_epochs
         return after >= 0 and after % self.settings.sft_epochs == 0
 
+    @property
+    def starts_outer_loop(self) -> bool:
+        """Whether the next batch is the first one of an outer loop."""
+        after = self.epoch_index - self.settings.warmup_epochs
+        return after >= 0 and after % self.settings.sft_epochs == 0 and not self.resumed_batches and not self._only_validate
+
+    @property
+    def position(self) -> Position:
+        """Where a checkpoint written now is to be resumed."""
+        epochs, batches = self.epoch_progress.current, self.epoch_loop.batch_progress
+        total = batches.total.processed
+        if epochs.started <= epochs.processed:
+            return Position(epochs.processed, 0, total, False)
+        done, at_end = batches.current.processed, batches.is_last_batch and batches.current.processed > 0
+        evaluated = self.epoch_loop.val_loop.batch_progress
+        validated = (
+            self.trainer.validating and evaluated.is_last_batch and evaluated.current.completed == evaluated.current.ready
+        )
+        if at_end and (validated or not self.epoch_ends_phase or not self.trainer.enable_validation):
+            return Position(epochs.processed + 1, 0, total, False)
+        return Position(epochs.processed, done, total, at_end)
+
     def phase_progress(self) -> tuple[bool, int, int]:
         """(in the warm-up?, optimiser steps done in this phase, optimiser steps of this phase)."""
         s, outer = self.settings, self.outer_index
@@ -229,6 +270,30 @@ class OuterLoopLoop(_FitLoop):
         done = (self.epoch_index - first) * per_epoch + self.batch_idx // accumulate
         total = per_epoch * epochs
         return outer is None, done, total if self.max_steps == -1 else min(total, self.max_steps)
+
+    def state_dict(self, destination: dict | None = None, prefix: str = "") -> dict:
+        state = {
+            "position": asdict(self.position),
+            "steps": self.epoch_loop.global_step,
+            "empty": self._empty,
+            "processes": self.trainer.world_size,
+        }
+        return state if destination is None else destination | state
+
+    def load_state_dict(self, state_dict: dict, prefix: str = "") -> None:
+        at, steps = Position(**state_dict["position"]), state_dict["steps"]
+        loop = self.epoch_loop
+        for progress in (self.epoch_progress.current, self.epoch_progress.total):
+            progress.ready = progress.started = progress.processed = progress.completed = at.epoch
+        total = loop.batch_progress.total
+        total.ready = total.started = total.processed = total.completed = at.total
+        stepped = loop.automatic_optimization.optim_progress.optimizer.step.total
+        stepped.ready = stepped.completed = steps
+        # Lightning counts a step after the validation that follows it.
+        loop._batches_that_stepped = steps - at.ends_epoch
+        self._empty = state_dict["empty"]
+        self.resumed_batches = 0 if at.ends_epoch else at.batches
+        self._only_validate = at.ends_epoch
 
     # ---- data
 
@@ -241,16 +306,20 @@ class OuterLoopLoop(_FitLoop):
         if self._data_of != wanted:
             if outer is None:
                 data.train_on_warmup()
-            elif not self.rollout_loop.store(outer).complete:
+            elif self._rollouts_of != outer:
                 return
             else:
-                kept = data.train_on_rollouts(outer, self.rollout_loop.store(outer).read())
+                kept = data.train_on_rollouts(outer, self.rollout_loop.read(outer))
                 call_hook(self.trainer, "on_sft_start", outer, kept)
-                self._count_empty(outer, kept)
+                if self.starts_outer_loop:
+                    self._count_empty(outer, kept)
             self._data_of, self._combined_loader = wanted, None
             if self._data_fetcher is not None:
                 self._data_fetcher.teardown()
         super().setup_data()
+        if self.resumed_batches and self._combined_loader is not None:
+            for loader in self._combined_loader.flattened:
+                loader.skip(self.resumed_batches)
 
     def _count_empty(self, outer: int, kept: int) -> None:
         self._empty = 0 if kept else self._empty + 1
@@ -264,14 +333,15 @@ class OuterLoopLoop(_FitLoop):
 
     def on_advance_start(self) -> None:
         outer = self.outer_index
-        if outer is not None:
-            if outer > self._prepared and outer == 0:
+        if outer is not None and self.starts_outer_loop:
+            if outer == 0:
                 self._save_start()
-            if not self.rollout_loop.store(outer).complete:
-                self.rollout_loop.run(outer)
-            if outer > self._prepared:
-                self._restart()
-                self._prepared = outer
+            self.rollout_loop.run(outer)
+            self._rollouts_of = outer
+            self.setup_data()  # says what is kept before anything starts anew
+            self._restart()
+        elif outer is not None:
+            self._rollouts_of = outer
         super().on_advance_start()
 
     def _save_start(self) -> None:
@@ -282,8 +352,7 @@ class OuterLoopLoop(_FitLoop):
     def _restart(self) -> None:
         if self.settings.restart == "weights":
             path = Path(self.trainer.default_root_dir) / "checkpoints" / START
-            checkpoint = self.trainer.strategy.load_checkpoint(path, weights_only=True)
-            self.trainer.strategy.load_model_state_dict(checkpoint, strict=False)
+            self.trainer.lightning_module.load_trained(path)
         if self.settings.restart != "nothing":
             self.trainer.strategy.setup_optimizers(self.trainer)
 
@@ -299,22 +368,13 @@ class OuterLoopLoop(_FitLoop):
         finally:
             self.max_batches = saved
 
-    def reset(self) -> None:
-        # A checkpoint written in on_train_batch_end of the last batch of an epoch: stock Lightning would start the
-        # next epoch and skip the pending validation; we finish this epoch instead.
-        progress = self.epoch_loop.batch_progress
-        self._finish_epoch = (
-            self.restarting and progress.is_last_batch and progress.total.completed == progress.total.processed - 1
-        )
-        if self._finish_epoch:
-            progress.increment_completed()
-        super().reset()
-
     def advance(self) -> None:
-        if self._finish_epoch:
-            self._finish_epoch = False
+        if self._only_validate:  # the checkpoint is of the end of an epoch, before its validation
+            self._only_validate = False
             loop, trainer = self.epoch_loop, self.trainer
-            loop.restarting = False
+            current = loop.batch_progress.current
+            current.ready = current.started = current.processed = current.completed = int(self.max_batches)
+            loop.batch_progress.is_last_batch = True
             if trainer.enable_validation and self.epoch_ends_phase:
                 trainer.validating = True
                 loop.val_loop.run()
@@ -323,10 +383,3 @@ class OuterLoopLoop(_FitLoop):
             return
         if self.max_batches:
             super().advance()
-
-    def on_save_checkpoint(self) -> dict[str, Any]:
-        return super().on_save_checkpoint() | {"prepared": self._prepared, "empty": self._empty}
-
-    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        super().on_load_checkpoint(state_dict)
-        self._prepared, self._empty = state_dict.get("prepared", -1), state_dict.get("empty", 0)

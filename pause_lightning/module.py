@@ -1,16 +1,15 @@
 """The policy as a LightningModule: which model, what trains, the loss, the optimiser, replies and their grades.
 
-Lives here: ``PauseLitModule`` and ``Optimizer`` (settings). The model's parts are in ``pause/``, sampling engines in
-``rollouts/``, grading in ``tasks/``; when each method is called is ``loops.py``'s business.
+Lives here: ``PauseLitModule``. The model's parts are in ``pause/``, sampling engines in ``rollouts/``, graded replies in
+``replies.py``; when each method is called is ``loops.py``'s business.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,49 +19,19 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from pause_lightning.batches import stable_seed
+from pause_lightning.checkpoints import read_checkpoint
 from pause_lightning.errors import RunStopped, UserError
 from pause_lightning.metrics import ReplyMetrics
 from pause_lightning.pause.freeze import FreezePolicy, LoRA, apply_policy, trainable_table
+from pause_lightning.replies import count, result_row, sample_and_grade
 from pause_lightning.rollouts.hf import HFSampler
 from pause_lightning.rollouts.sampler import Sampler, SamplingSettings
 from pause_lightning.rollouts.store import Rollout
+from pause_lightning.schedule import Optimizer
+from pause_lightning.strategies import FSDP2Strategy, full
 
 if TYPE_CHECKING:
-    from pause_lightning.datamodule import Prompt, Unit
-
-
-@dataclass
-class Optimizer:
-    """AdamW and its learning rate.
-
-    Args:
-        lr: learning rate of the warm-up (or of plain SFT), after lr_warmup_steps
-        outer_lr: learning rate of the outer loops' SFT; null: lr
-        schedule: of lr over the warm-up: constant, or down to 0 linearly or as a cosine
-        outer_schedule: the same of outer_lr, over the SFT of each outer loop
-        lr_warmup_steps: steps from 0 to lr at the start of the warm-up
-        weight_decay: on matrices; never on vectors and pause modules
-        betas: AdamW's
-    """
-
-    lr: float = 5e-5
-    outer_lr: float | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    outer_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def at(self, in_warmup: bool, step: int, steps: int) -> float:
-        """The learning rate of optimiser step ``step`` (from 0) of a phase of ``steps``."""
-        peak, schedule, ramp = self.lr, self.schedule, self.lr_warmup_steps
-        if not in_warmup:
-            peak, schedule, ramp = (self.lr if self.outer_lr is None else self.outer_lr), self.outer_schedule, 0
-        if step < ramp:
-            return peak * (step + 1) / ramp
-        done = min(1.0, (step - ramp) / max(1, steps - ramp))
-        shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-        return peak * shapes[schedule]
+    from pause_lightning.datamodule import Prompt, PromptBatch, Unit
 
 
 class PauseLitModule(pl.LightningModule):
@@ -123,7 +92,8 @@ class PauseLitModule(pl.LightningModule):
         self.rollout_sampling, self.eval_sampling = rollout_sampling, eval_sampling
         self.sampler = sampler or HFSampler()
         self.model: Any = None
-        self.results: list[dict[str, Any]] = []
+        self.results: list[tuple[int, list[dict[str, Any]]]] = []  # (number of the batch, its rows)
+        self.metrics_of: dict[str, dict[str, float]] = {}
         self.test_name = "test"
 
     # ---- the model
@@ -143,17 +113,32 @@ class PauseLitModule(pl.LightningModule):
 
     @property
     def context_length(self) -> int | None:
+        """Most tokens the model can hold, by its configuration alone: the model need not exist yet."""
+        from pause_lightning.pause.load import load_config
         from pause_lightning.pause.model import context_length
 
-        self.configure_model()
-        return context_length(self.hf_model.config)
+        return context_length(load_config(self.path, self.from_scratch, self.tokenizer))
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        strategy = self._strategy
+        if isinstance(strategy, FSDP2Strategy):
+            whole = self.build(weights=True) if strategy.global_rank == 0 else None  # it alone reads the base
+            self.model = self.build(weights=False)
+            state = {} if whole is None else whole.state_dict()
+            strategy.shard(self.model, state, {} if whole is None else dict(whole.named_buffers()))
+        else:
+            self.model = self.build(weights=True)
+        self.model.train()
+        if self.init_from is not None:
+            self.load_trained(self.init_from)
+
+    def build(self, weights: bool) -> Any:
+        """The policy under its freeze policy. Without ``weights`` on the meta device: shapes only."""
         from pause_lightning.pause.load import load_model
 
-        self.model = load_model(
+        model = load_model(
             path=self.path,
             from_scratch=self.from_scratch,
             tokenizer=self.tokenizer,
@@ -163,13 +148,17 @@ class PauseLitModule(pl.LightningModule):
             detach_head=self.detach_head,
             init_pause_rate=self.init_pause_rate,
             lora=self.lora,
+            weights=weights,
         )
-        apply_policy(self.model, self.freeze_policy)
+        apply_policy(model, self.freeze_policy)
         if self.gradient_checkpointing:
-            self.hf_model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
-        if self.init_from is not None:
-            self.load_trained(self.init_from)
+            hf = model.get_base_model() if hasattr(model, "get_base_model") else model
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    @property
+    def _strategy(self) -> Any:
+        return None if self._trainer is None else self._trainer.strategy
 
     def on_fit_start(self) -> None:
         table = trainable_table(self.model)
@@ -198,21 +187,26 @@ class PauseLitModule(pl.LightningModule):
         # Prompts are not tensors; the sampler moves what it needs.
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, dict) else batch
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        from pause_lightning.pause.model import reply_loss
-
-        loss = reply_loss(self.hf_model, **batch)
-        if not torch.isfinite(loss.loss):
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, Any]:
+        lm_nll, pause_nll, lm_labels, labels = self.hf_model.reply_loss_terms(**batch)
+        sums = torch.stack([lm_nll.detach(), pause_nll.detach(), lm_labels, labels]).double()
+        world = self.trainer.world_size
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        lm, pause, num_lm, num = sums.tolist()
+        # The mean over the labels of all processes; the strategy averages gradients over processes.
+        loss = (pause_nll + lm_nll) / num * world if world > 1 else (pause_nll + lm_nll) / num
+        if not torch.isfinite(sums).all():
             raise RunStopped(
-                f"the loss is {loss.loss.item()} at step {self.global_step}: stopped before the weights are touched; "
+                f"the loss is {(lm + pause) / num} at step {self.global_step}: stopped before the weights are touched; "
                 f"the checkpoints in {Path(self.trainer.default_root_dir) / 'checkpoints'} are from before. "
                 "Lower model.optimizer.lr or set trainer.gradient_clip_val"
             )
-        self.log("train/loss", loss.loss.detach(), prog_bar=True)
-        self.log("train/lm_loss", loss.lm_loss)
-        self.log("train/pause_loss", loss.pause_loss)
+        self.log("train/loss", (lm + pause) / num, prog_bar=True)
+        self.log("train/lm_loss", lm / max(num_lm, 1))
+        self.log("train/pause_loss", pause / num)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss.loss
+        return {"loss": loss, "mean_loss": (lm + pause) / num}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         s = self.optimizer_settings
@@ -235,6 +229,22 @@ class PauseLitModule(pl.LightningModule):
 
     # ---- replies
 
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must generate side by side, as the weights of each step are gathered from all."""
+        return bool(getattr(self._strategy, "generate_sharded", False))
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Around every phase that samples replies: eval mode, and weights in place (FSDP2)."""
+        was_training = self.training
+        self.eval()
+        with getattr(self._strategy, "whole_weights", nullcontext)():
+            try:
+                yield
+            finally:
+                self.train(was_training)
+
     def reply(
         self,
         prompts: list[Prompt],
@@ -243,46 +253,26 @@ class PauseLitModule(pl.LightningModule):
         samples: int = 1,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Sample ``samples`` replies to each prompt and grade them; the fields of ``Rollout`` but unit and seed."""
-        repeated = [p for p in prompts for _ in range(samples)]
-        replies = self.sampler.sample(
-            self.hf_model,
-            [p.ids for p in repeated],
-            settings,
-            seed,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            on_progress=on_progress,
+        """Sample ``samples`` replies to each prompt and grade them; the fields of ``Rollout`` but unit, place and seed."""
+        if not prompts and not self.in_step:
+            return []
+        grade = self.trainer.datamodule.task.grade
+        more = {"in_step": True} if self.in_step else {}
+        return sample_and_grade(
+            self.hf_model, self.sampler, self.tokenizer, grade, prompts, settings, seed, samples, on_progress, **more
         )
-        silent = {self.tokenizer.pause_id, self.tokenizer.eos_token_id}
-        graded = []
-        for i, (prompt, reply) in enumerate(zip(repeated, replies)):
-            spoken = self.tokenizer.decode([t for t in reply.ids if t not in silent])
-            grade = self.trainer.datamodule.task.grade(spoken, prompt.problem.answer)
-            graded.append(
-                {
-                    "problem_id": prompt.problem.id,
-                    "sample": i % samples,
-                    "prompt_ids": list(prompt.ids),
-                    "reply_ids": reply.ids,
-                    "text": self.tokenizer.decode(reply.ids),
-                    "answer": grade.answer,
-                    "reward": grade.reward,
-                    "correct": grade.correct,
-                    "reference_correct": grade.reference_correct,
-                    "pauses": reply.ids.count(self.tokenizer.pause_id),
-                    "finish_reason": reply.finish_reason,
-                    "logprobs": [round(p, 5) for p in reply.logprobs],
-                }
-            )
-        return graded
 
     def rollout_unit(
-        self, unit: Unit, samples: int, seed: int, on_progress: Callable[[int], None] | None = None
+        self, unit: Unit | None, samples: int, seed: int, on_progress: Callable[[int], None] | None = None
     ) -> list[Rollout]:
-        """The graded replies of one block of problems; a function of (weights, unit, samples, seed)."""
-        graded = self.reply(list(unit.prompts), self.rollout_sampling, seed, samples, on_progress)
-        return [Rollout(unit=unit.index, unit_size=len(graded), seed=seed, **fields) for fields in graded]
+        """The graded replies of one block of problems; a function of (weights, unit, samples, seed).
+
+        None: only generate in step with the other processes.
+        """
+        prompts = [] if unit is None else list(unit.prompts)
+        graded = self.reply(prompts, self.rollout_sampling, seed, samples, on_progress)
+        number = -1 if unit is None else unit.index
+        return [Rollout(unit=number, unit_size=len(graded), place=i, seed=seed, **g) for i, g in enumerate(graded)]
 
     def policy_fingerprint(self) -> str:
         """sha256 of what trains (the rest is named by the configuration)."""
@@ -290,7 +280,8 @@ class PauseLitModule(pl.LightningModule):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 digest.update(name.encode())
-                digest.update(parameter.detach().float().cpu().contiguous().view(torch.uint8).numpy().data)
+                whole = full(parameter.detach()).float().cpu().contiguous()
+                digest.update(whole.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     # ---- validation, test, predict
@@ -304,18 +295,19 @@ class PauseLitModule(pl.LightningModule):
     def on_predict_epoch_start(self) -> None:
         self._start_evaluation()
 
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val")
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
 
-    def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, self.test_name)
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_name)
 
-    def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, Any]]:
-        graded = self.reply(batch, self.eval_sampling, stable_seed(self._seed, "predict", self.global_rank, batch_idx))
-        self.results += [
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        graded = self._graded(batch, "predict")
+        rows = [
             {"question": p.problem.question, "reply": g["text"], "answer": g["answer"], "pauses": g["pauses"]}
-            for p, g in zip(batch, graded)
+            for p, g in zip(batch.prompts, graded)
         ]
+        self.results.append((batch.index, rows))
         return graded
 
     def on_validation_epoch_end(self) -> None:
@@ -324,42 +316,32 @@ class PauseLitModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._finish_evaluation(self.test_name)
 
-    def _start_evaluation(self) -> None:
-        self.results, self.measured = [], ReplyMetrics().to(self.device)
-        # progress and the finished line are a callback's; it reads `measured`
+    def on_predict_epoch_end(self) -> None:
+        self._generating.close()
 
-    def _evaluate(self, batch: list[Prompt], batch_idx: int, name: str) -> None:
-        graded = self.reply(batch, self.eval_sampling, stable_seed(self._seed, name, self.global_rank, batch_idx))
-        for prompt, g in zip(batch, graded):
-            self.measured.update(
-                correct=g["correct"],
-                reference_correct=g["reference_correct"],
-                pauses=g["pauses"],
-                tokens=len(g["reply_ids"]),
-                finished=g["finish_reason"] == "eos",
-                answered=g["answer"] is not None,
-            )
-            prompt_text = self.tokenizer.decode(g["prompt_ids"])
-            # The schema of reference.md 5, plus pauses, finish_reason, the answer and the reference rule's verdict.
-            self.results.append(
-                {
-                    "problem_id": g["problem_id"],
-                    "generated_text": prompt_text + g["text"],
-                    "tokenized_text": g["prompt_ids"] + g["reply_ids"],
-                    "input": prompt.problem.question,
-                    "predicted_output": g["text"],
-                    "ground_truth": prompt.problem.answer + self.tokenizer.eos_token,
-                    f"{name}/accuracy": g["correct"],
-                    f"{name}/reference_accuracy": g["reference_correct"],
-                    "answer": g["answer"],
-                    "pauses": g["pauses"],
-                    "finish_reason": g["finish_reason"],
-                }
-            )
+    def _start_evaluation(self) -> None:
+        # `measured` is shown while it grows by a callback
+        self.results, self.measured = [], ReplyMetrics().to(self.device)
+        self._generating = ExitStack()
+        self._generating.enter_context(self.generating())
+
+    def _graded(self, batch: PromptBatch, name: str) -> list[dict[str, Any]]:
+        seed = stable_seed(self._seed, name, batch.index)
+        graded = self.reply(list(batch.prompts), self.eval_sampling, seed, on_progress=self.trainer.stop.check)
+        self.trainer.stop.check()
+        return graded
+
+    def _evaluate(self, batch: PromptBatch, name: str) -> None:
+        graded = self._graded(batch, name)
+        for g in graded:
+            count(self.measured, g)
+        rows = [result_row(name, p.problem, g, self.tokenizer) for p, g in zip(batch.prompts, graded)]
+        self.results.append((batch.index, rows))
 
     def _finish_evaluation(self, name: str) -> None:
+        self._generating.close()
         metrics = self.measured.compute()
-        self.metrics_of = {**getattr(self, "metrics_of", {}), name: metrics}
+        self.metrics_of[name] = metrics
         # computed over all processes already
         self.log_dict({f"{name}/{k}": v for k, v in metrics.items()}, rank_zero_only=False)
 
@@ -380,16 +362,14 @@ class PauseLitModule(pl.LightningModule):
         """Load the trained weights of a checkpoint of ours, and nothing else of it.
 
         Raises:
-            UserError: no such file, not a checkpoint, or one of another model.
+            UserError: no such file, damaged, not a checkpoint, or one of another model.
         """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        except FileNotFoundError:
-            raise UserError(f"no checkpoint {path}") from None
-        except Exception as error:
-            raise UserError(f"{path} is no checkpoint of ours: {type(error).__name__}") from None
+        state = read_checkpoint(Path(path), "model.init_from" if path == self.init_from else "the checkpoint")["state_dict"]
         self._check_same_model(state, str(path))
-        self.load_state_dict(state, strict=False)
+        if isinstance(self._strategy, FSDP2Strategy):
+            self._strategy.load_weights(state)
+        else:
+            self.load_state_dict(state, strict=False)
 
     def _check_same_model(self, state: dict[str, torch.Tensor], source: str) -> None:
         own = self.trained_state()

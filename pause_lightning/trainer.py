@@ -9,7 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from pause_lightning.loops import OuterLoop, OuterLoopLoop
+from pause_lightning.checkpoints import CheckpointFile
+from pause_lightning.loops import OuterLoopLoop
+from pause_lightning.schedule import OuterLoop
+from pause_lightning.stopping import StopSignals
+from pause_lightning.strategies import FSDP2Strategy
 
 
 class OuterLoopTrainer(pl.Trainer):
@@ -30,9 +34,14 @@ class OuterLoopTrainer(pl.Trainer):
             kwargs["log_every_n_steps"] = 10
         if kwargs.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False  # the freeze policy's table says more
+        kwargs["plugins"] = [*_as_list(kwargs.get("plugins")), CheckpointFile()]
+        if kwargs.get("strategy") == "fsdp2" or isinstance(kwargs.get("strategy"), FSDP2Strategy):
+            kwargs["inference_mode"] = False  # sharded parameters cannot be gathered under it
         super().__init__(*args, **kwargs)
         self.outer_loop = outer_loop
         self._rollout_only = False
+        self.stop: Any = StopSignals(self)
+        self._signal_connector = self.stop
         OuterLoopLoop.install(self, outer_loop)
 
     def rollout(
@@ -56,3 +65,7 @@ class OuterLoopTrainer(pl.Trainer):
         loop: Any = self.fit_loop
         self.rollout_metrics = loop.rollout_loop.run(0)
         return None
+
+
+def _as_list(plugins: Any) -> list[Any]:
+    return [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]

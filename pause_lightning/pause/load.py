@@ -1,23 +1,24 @@
 """Reading and writing a policy: tokenizer and model, from a HF folder, the hub, a PEFT adapter folder or from scratch.
 
-Lives here: ``load_tokenizer``, ``load_model``, ``save_model``. What comes out of ``save_model`` is an ordinary HF
-folder: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it (a pause model needs ``import pause_lightning``).
+Lives here: ``load_tokenizer``, ``load_config``, ``load_model``, ``save_model``. What ``save_model`` writes is an ordinary
+HF folder: ``AutoModelForCausalLM.from_pretrained(folder)`` loads it (a pause model needs ``import pause_lightning``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pause_lightning.errors import UserError
+from pause_lightning.files import check_sums, new_folder
 from pause_lightning.pause.freeze import LoRA, add_lora
-from pause_lightning.pause.model import add_pause, is_pause_model
+from pause_lightning.pause.model import add_pause, is_pause_model, reply_loss_terms
 from pause_lightning.pause.modules import HeadKind
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -38,9 +39,11 @@ def load_tokenizer(path: str, pause_token: str | None) -> Any:
 
     folder = str(ASSETS / "quickstart_tokenizer") if path == QUICKSTART_TOKENIZER else path
     _check_path(folder, "model.tokenizer")
+    if Path(folder).is_dir():
+        check_sums(Path(folder), "model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise UserError(f"model.tokenizer: cannot load a tokenizer from {path}: {_first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"model.tokenizer: {path} has no fast tokenizer (tokenizer.json)")
@@ -57,6 +60,33 @@ def load_tokenizer(path: str, pause_token: str | None) -> Any:
     return tokenizer
 
 
+def load_config(path: str | None, from_scratch: dict[str, Any] | None, tokenizer: Any) -> Any:
+    """The HF configuration of the model that ``load_model`` starts from, without its weights.
+
+    Raises:
+        UserError: unknown path or architecture, or neither or both of the two given.
+    """
+    from transformers import AutoConfig
+
+    if (path is None) == (from_scratch is None):
+        raise UserError("give either model.path (a HF folder or hub name) or model.from_scratch (a model configuration)")
+    if from_scratch is not None:
+        settings = {"vocab_size": len(tokenizer) - (tokenizer.pause_id == len(tokenizer) - 1), **from_scratch}
+        model_type = settings.pop("model_type", None)
+        if model_type is None:
+            raise UserError("model.from_scratch needs a model_type, e.g. llama")
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        try:
+            return AutoConfig.for_model(model_type, **{"bos_token_id": tokenizer.bos_token_id, **ids, **settings})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"model.from_scratch: {_first_line(error)}") from None
+    base, _ = _base_of(str(path))
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path: cannot load a causal LM from {path}: {_first_line(error)}") from None
+
+
 def load_model(
     *,
     path: str | None,
@@ -68,68 +98,102 @@ def load_model(
     detach_head: bool,
     init_pause_rate: float | None,
     lora: LoRA | None,
+    weights: bool = True,
 ) -> Any:
     """The policy: a HF causal LM, or a PEFT model around one; with pause modules when the tokenizer has a pause id.
 
-    A folder with ``adapter_config.json`` is loaded on its base model and its adapter goes on training.
+    A folder with ``adapter_config.json`` is loaded on its base model and its adapter goes on training. Without
+    ``weights`` the same model on the meta device: names, shapes, dtypes and freeze groups, no memory, no file read.
 
     Raises:
-        UserError: unknown path or architecture, an adapter together with ``lora``, settings the model cannot have.
+        UserError: unknown path or architecture, an adapter together with ``lora``, settings the model cannot have, a
+            file that differs from its SHA256SUMS.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if (path is None) == (from_scratch is None):
-        raise UserError("give either model.path (a HF folder or hub name) or model.from_scratch (a model configuration)")
-    adapter = None
-    if from_scratch is not None:
-        settings = {"vocab_size": len(tokenizer) - (tokenizer.pause_id == len(tokenizer) - 1), **from_scratch}
-        model_type = settings.pop("model_type", None)
-        if model_type is None:
-            raise UserError("model.from_scratch needs a model_type, e.g. llama")
-        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        try:
-            config = AutoConfig.for_model(model_type, **{"bos_token_id": tokenizer.bos_token_id, **ids, **settings})
-            model = AutoModelForCausalLM.from_config(config)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"model.from_scratch: {_first_line(error)}") from None
-        path = ""
-    else:
-        assert path is not None
-        _check_path(path, "model.path")
-        if (Path(path) / "adapter_config.json").exists():
-            if lora is not None:
-                raise UserError(f"model.lora: {path} is an adapter already and goes on training; set model.lora to null")
-            adapter, path = (
-                path,
-                json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"],
-            )
-            _check_path(path, f"the base model of the adapter {adapter}")
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model.path: cannot load a causal LM from {path}: {_first_line(error)}") from None
-    if tokenizer.pause_id is not None and not is_pause_model(model):
-        pause = {"head": head, "detach_head": detach_head}
+    config = load_config(path, from_scratch, tokenizer)
+    base, adapter = (None, None) if path is None else _base_of(path)
+    if adapter is not None and lora is not None:
+        raise UserError(f"model.lora: {path} is an adapter already and goes on training; set model.lora to null")
+    with torch.device("meta") if not weights else nullcontext():
+        model = _plain_model(config, base, dtype, weights)
+        _check_pauses(model, tokenizer, base, pause_token)
+        if tokenizer.pause_id is not None and not is_pause_model(model):
+            pause = {"head": head, "detach_head": detach_head}
+            if adapter is not None:
+                saved = json.loads((Path(adapter) / "config.json").read_text())
+                pause = {"head": saved["pause_head"], "detach_head": saved["pause_detach_head"]}
+            add_pause(
+                model, tokenizer.pause_id, pause_token=pause_token, init_pause_rate=init_pause_rate, **pause  # type: ignore[arg-type]
+            )  # fmt: skip
+        model.reply_loss_terms = types.MethodType(reply_loss_terms, model)
         if adapter is not None:
-            saved = json.loads((Path(adapter) / "config.json").read_text())
-            pause = {"head": saved["pause_head"], "detach_head": saved["pause_detach_head"]}
-        add_pause(model, tokenizer.pause_id, pause_token=pause_token, init_pause_rate=init_pause_rate, **pause)  # type: ignore[arg-type]
-    elif tokenizer.pause_id is None and is_pause_model(model):
-        raise UserError(f"model.pauses is false, but {path} is a model with pauses")
-    elif is_pause_model(model) and model.config.pause_token_id != tokenizer.pause_id:
+            return _with_adapter(model, adapter, weights)
+        return add_lora(model, lora, base or "") if lora is not None else model
+
+
+def _base_of(path: str) -> tuple[str, str | None]:
+    """(folder or name of the base model, adapter folder or None) of ``model.path``."""
+    _check_path(path, "model.path")
+    settings = Path(path) / "adapter_config.json"
+    if not settings.exists():
+        return path, None
+    try:
+        base = json.loads(settings.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"model.path: {settings} is damaged ({type(error).__name__})") from None
+    _check_path(base, f"the base model of the adapter {path}")
+    return base, path
+
+
+def _plain_model(config: Any, base: str | None, dtype: torch.dtype, weights: bool) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
+        if base is None:
+            return AutoModelForCausalLM.from_config(config)
+        if weights:
+            if Path(base).is_dir():
+                check_sums(Path(base), "model.path")
+            return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if (Path(base) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(base)
+        return model
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        where = "model.from_scratch" if base is None else f"model.path: cannot load a causal LM from {base}"
+        raise UserError(f"{where}: {_first_line(error)}") from None
+
+
+def _check_pauses(model: Any, tokenizer: Any, base: str | None, pause_token: str) -> None:
+    if not is_pause_model(model):
+        return
+    if tokenizer.pause_id is None:
+        raise UserError(f"model.pauses is false, but {base} is a model with pauses")
+    if model.config.pause_token_id != tokenizer.pause_id:
         raise UserError(
-            f"{path} pauses with id {model.config.pause_token_id}, the tokenizer has {tokenizer.pause_id} for "
+            f"{base} pauses with id {model.config.pause_token_id}, the tokenizer has {tokenizer.pause_id} for "
             f"{pause_token}: use the tokenizer of that folder"
         )
-    if adapter is not None:
-        from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    return add_lora(model, lora, path) if lora is not None else model
+
+def _with_adapter(model: Any, adapter: str, weights: bool) -> Any:
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    try:
+        if weights:
+            check_sums(Path(adapter), "model.path")
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        settings = PeftConfig.from_pretrained(adapter)
+        settings.inference_mode = False
+        return get_peft_model(model, settings)
+    except UserError:
+        raise
+    except Exception as error:  # PEFT and safetensors have no common base class
+        raise UserError(f"model.path: cannot load the adapter {adapter}: {_first_line(error)}") from None
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, prompt_template: str) -> None:
-    """Write an HF model as a folder with its tokenizer, atomically. A PEFT model is written as an adapter folder.
+    """Write an HF model as a folder with tokenizer and SHA256SUMS, atomically. A PEFT model becomes an adapter folder.
 
     ``config.json`` carries ``prompt_template``, and the tokenizer a chat template that applies it to a question.
     """
@@ -140,18 +204,14 @@ def save_model(model: Any, tokenizer: Any, folder: Path, prompt_template: str) -
     base.generation_config.eos_token_id = tokenizer.eos_token_id
     base.generation_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.chat_template = "{{ " + json.dumps(before) + " + messages[-1]['content'] + " + json.dumps(after) + " }}"
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if base is model:
-        model.save_pretrained(temporary)
-    else:
-        trained = [base.get_input_embeddings().weight, base.get_output_embeddings().weight]
-        model.save_pretrained(temporary, save_embedding_layers=any(w.requires_grad for w in trained))
-        base.config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    with new_folder(folder) as new:
+        if base is model:
+            model.save_pretrained(new)
+        else:
+            trained = [base.get_input_embeddings().weight, base.get_output_embeddings().weight]
+            model.save_pretrained(new, save_embedding_layers=any(w.requires_grad for w in trained))
+            base.config.save_pretrained(new)
+        tokenizer.save_pretrained(new)
 
 
 def _check_path(path: str, key: str) -> None:

@@ -7,6 +7,7 @@ logits [B, V] and need no model.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,15 +51,17 @@ class PauseTemperature(LogitsProcessor):
 class LogprobRecorder(LogitsProcessor):
     """First in the list, sees the model's own logits: keeps the log-probability of the token each step then drew.
 
-    A step's token is known at the next call only; ``finish`` adds the last one.
+    A step's token is known at the next call only; ``finish`` adds the last one. ``on_step(0)`` is called at each step.
     """
 
-    def __init__(self, prompt_width: int) -> None:
-        self.width = prompt_width
+    def __init__(self, on_step: Callable[[int], None] | None = None) -> None:
+        self.on_step = on_step
         self.last: Tensor | None = None
         self.columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.on_step is not None:
+            self.on_step(0)
         self._take(input_ids[:, -1])
         self.last = scores.float()
         return scores

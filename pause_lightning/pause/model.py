@@ -166,36 +166,43 @@ class ReplyLoss:
     num_labels: int
 
 
-def reply_loss(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> ReplyLoss:
-    """The training loss (reference.md 2.3): token mean of gate NLL + NLL of the tokens that are not pauses.
+def reply_loss_terms(
+    self: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of the training loss as sums over the label positions, so that batches and processes can be averaged.
 
-    The LM head runs at label positions only. ``model`` is the HF model itself (under PEFT: ``get_base_model()``), with
-    or without pauses (then ``pause_loss`` is 0). input_ids, attention_mask, labels: [B, T]; labels are the ids
-    themselves, -100 where nothing is learned. Equals the model's own ``forward(labels=...)``. Raises: UserError if no
+    A method of every policy (``load_model`` binds it to the HF model, under PEFT: to ``get_base_model()``), with or
+    without pauses. input_ids, attention_mask, labels: [B, T]; labels are the ids themselves, -100 where nothing is
+    learned. The LM head runs at label positions only. Returns scalars: NLL of the tokens that are not pauses, NLL of
+    the pause decisions (0 without pauses), number of the former, number of label positions. Raises: UserError if no
     position has a label.
     """
-    hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, attention_mask=attention_mask)[0][:, :-1]
+    hidden = getattr(self, self.base_model_prefix)(input_ids=input_ids, attention_mask=attention_mask)[0][:, :-1]
     targets = labels[:, 1:]
     keep = targets != -100
     hidden, targets = hidden[keep], targets[keep]
     if len(targets) == 0:
         raise UserError("a training batch has no label: every reply in it is empty")
-    head = model.get_output_embeddings()
+    head = self.get_output_embeddings()
     zero = hidden.new_zeros((), dtype=torch.float32)
+    num = zero + len(targets)
     if not isinstance(head, PauseLMHead):
-        loss = F.cross_entropy(head(hidden).float(), targets)
-        return ReplyLoss(loss, loss.detach(), zero, len(targets))
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum"), zero, num, num
     z, gate = head.split(hidden)
     is_pause = targets == head.pause_id
     pause_nll = F.binary_cross_entropy_with_logits(gate, is_pause.float(), reduction="sum")
     lm_nll = F.cross_entropy(z[~is_pause], targets[~is_pause], reduction="sum") if not is_pause.all() else zero
-    num_lm = int((~is_pause).sum())
-    return ReplyLoss(
-        (pause_nll + lm_nll) / len(targets),
-        (lm_nll / max(num_lm, 1)).detach(),
-        (pause_nll / len(targets)).detach(),
-        len(targets),
-    )
+    return lm_nll, pause_nll, zero + (~is_pause).sum(), num
+
+
+def reply_loss(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> ReplyLoss:
+    """The training loss of one batch (reference.md 2.3): token mean of gate NLL + NLL of the tokens that are not pauses.
+
+    Arguments and errors as ``reply_loss_terms``. Equals the model's own ``forward(labels=...)``.
+    """
+    lm_nll, pause_nll, num_lm, num = reply_loss_terms(model, input_ids, attention_mask, labels)
+    n = int(num)
+    return ReplyLoss((pause_nll + lm_nll) / n, (lm_nll / max(int(num_lm), 1)).detach(), (pause_nll / n).detach(), n)
 
 
 def context_length(config: Any) -> int | None:

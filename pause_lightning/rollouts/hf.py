@@ -37,8 +37,13 @@ class HFSampler(Sampler):
         pad_id: int,
         on_progress: Callable[[int], None] | None = None,
         on_token: Callable[[int], None] | None = None,
+        in_step: bool = False,
     ) -> list[Reply]:
-        """See ``Sampler.sample``. ``on_token`` is told the ids of a single reply as they are drawn."""
+        """See ``Sampler.sample``. ``on_token`` is told the ids of a single reply as they are drawn.
+
+        ``in_step``: all processes call this together, each with prompts of its own or none, and every forward is one
+        of all processes (sharded weights).
+        """
         replies: list[Reply | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         devices = [model.device] if model.device.type == "cuda" else []
@@ -46,11 +51,18 @@ class HFSampler(Sampler):
             torch.manual_seed(seed)
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
-                batch = self._generate(model, [prompts[i] for i in chunk], settings, eos_id, pad_id, on_token)
+                if in_step:
+                    _any_left(model, True)
+                batch = self._generate(
+                    model, [prompts[i] for i in chunk], settings, eos_id, pad_id, on_token, on_progress, in_step
+                )
                 for i, reply in zip(chunk, batch):
                     replies[i] = reply
                 if on_progress is not None:
                     on_progress(len(chunk))
+            while in_step and _any_left(model, False):
+                idle = SamplingSettings(temperature=0.0, max_new_tokens=1)
+                self._generate(model, [[eos_id]], idle, eos_id, pad_id, None, None, in_step)
         return replies  # type: ignore[return-value]
 
     def _generate(
@@ -61,6 +73,8 @@ class HFSampler(Sampler):
         eos_id: int,
         pad_id: int,
         on_token: Callable[[int], None] | None,
+        on_progress: Callable[[int], None] | None,
+        in_step: bool,
     ) -> list[Reply]:
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -76,7 +90,7 @@ class HFSampler(Sampler):
         room = settings.max_new_tokens
         if (context := context_length(model.config)) is not None:
             room = min(room, context - width)
-        recorder = LogprobRecorder(width)
+        recorder = LogprobRecorder(on_progress)
         config = GenerationConfig(
             max_new_tokens=room,
             do_sample=settings.temperature > 0,
@@ -97,6 +111,7 @@ class HFSampler(Sampler):
                 generation_config=config,
                 logits_processor=LogitsProcessorList([recorder, *_processors(model, settings)]),
                 streamer=None if on_token is None else _TokenStream(on_token),
+                synced_gpus=in_step,
             )
         finally:
             model.generation_config = own
@@ -107,6 +122,13 @@ class HFSampler(Sampler):
             length = sampled.index(eos_id) + 1 if finished else len(sampled)
             replies.append(Reply(sampled[:length], logprobs[row][:length], "eos" if finished else "length"))
         return replies
+
+
+def _any_left(model: Any, mine: bool) -> bool:
+    """Whether any process has prompts left; called once per batch by all."""
+    left = torch.tensor(int(mine), device=model.device)
+    torch.distributed.all_reduce(left, op=torch.distributed.ReduceOp.MAX)
+    return bool(left)
 
 
 def _processors(model: Any, settings: SamplingSettings) -> list[Any]:

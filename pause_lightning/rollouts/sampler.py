@@ -80,6 +80,7 @@ class Sampler:
         """One reply per prompt, in order. Repeat a prompt to sample it several times.
 
         The result is a function of (weights, prompts, settings, seed): the global random state is neither read nor
-        changed. ``on_progress`` is told how many replies have been finished since the last call.
+        changed. ``on_progress`` is told how many replies have been finished since the last call, now and then 0; it may
+        raise, to stop sampling.
         """
         raise NotImplementedError

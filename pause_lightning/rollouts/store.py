@@ -4,8 +4,8 @@ Lives here: ``Rollout`` and ``RolloutStore``. The disk is the truth: what is com
 what belongs to another policy, seed or data set is refused. Layout under a run folder:
 
     rollouts/outer_000/meta.json         fingerprint: policy, settings, seed, data
-    rollouts/outer_000/rank_00000.jsonl  one line per reply; a unit counts when all its lines are there
-    rollouts/outer_000/DONE.json         written when every unit is complete
+    rollouts/outer_000/rank_00000.jsonl  one line per reply with its checksum; a unit counts when all its lines are good
+    rollouts/outer_000/DONE.json         the metrics; a mark for readers, written when every unit is complete
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_lightning.errors import RunStopped, UserError
+from pause_lightning.files import checked_line, read_checked_line, write_json
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Rollout:
     Args:
         unit: number of the block of problems it was sampled with
         unit_size: replies in that block
+        place: its place among them, from 0
         problem_id: id of the problem
         sample: 0 .. samples_per_problem - 1
         prompt_ids: the prompt, as ids
@@ -45,6 +47,7 @@ class Rollout:
 
     unit: int
     unit_size: int
+    place: int
     problem_id: str
     sample: int
     prompt_ids: list[int]
@@ -69,40 +72,47 @@ class RolloutStore:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
-    @property
-    def complete(self) -> bool:
-        return (self.folder / "DONE.json").exists()
-
     def open(self, fingerprint: dict[str, Any]) -> None:
         """Claim the folder for a policy and its settings; a second claim must agree with the first.
+
+        Also cuts off what a kill left torn at the end of a shard, so that appending to it is safe.
 
         Raises:
             UserError: the folder holds rollouts of something else (says which part differs).
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        meta = self.folder / "meta.json"
-        if meta.exists():
+        meta, shards = self.folder / "meta.json", sorted(self.folder.glob("rank_*.jsonl"))
+        try:
             found = json.loads(meta.read_text())
-            differs = [key for key in fingerprint if found.get(key) != fingerprint[key]]
-            if differs:
-                raise UserError(
-                    f"{self.folder} holds rollouts of another run ({', '.join(differs)} differ): "
-                    "resume with the settings they were made with, or start a new run"
-                )
-        else:
+        except FileNotFoundError:
+            found = None
+        except (ValueError, OSError):
+            found = {}
+        if shards and found != fingerprint:
+            differs = [key for key in fingerprint if (found or {}).get(key) != fingerprint[key]]
+            raise UserError(
+                f"{self.folder} holds rollouts of another policy or other settings ({', '.join(differs)}; see meta.json): "
+                "go on with the settings they were made with, or delete that folder and they are sampled anew"
+            )
+        if found != fingerprint:
             write_json(meta, fingerprint)
+        for shard in shards:
+            _cut_torn_end(shard)
+
+    def units(self) -> set[int]:
+        """The numbers of the units that are complete."""
+        return {rollout.unit for rollout in self.read()}
 
     def read(self) -> list[Rollout]:
-        """All rollouts of complete units, by (unit, problem order, sample). Torn or foreign lines end a shard.
-
-        A shard is cut off after its last complete line, so that appending to it is safe.
-        """
+        """All rollouts of complete units, by (unit, problem order, sample). Torn or damaged lines do not count."""
         units: dict[int, list[Rollout]] = defaultdict(list)
         for shard in sorted(self.folder.glob("rank_*.jsonl")):
             for rollout in _read_shard(shard):
-                units[rollout.unit].append(rollout)
-        complete = [unit for unit, rows in sorted(units.items()) if len(rows) >= rows[0].unit_size]
-        return [row for unit in complete for row in units[unit][-units[unit][0].unit_size :]]
+                if rollout.place == 0:  # a unit that was cut off and sampled again begins anew
+                    units[rollout.unit] = []
+                if rollout.place == len(units[rollout.unit]):
+                    units[rollout.unit].append(rollout)
+        return [row for _, rows in sorted(units.items()) if rows and len(rows) == rows[0].unit_size for row in rows]
 
     def append(self, rank: int, rollouts: Iterable[Rollout]) -> None:
         """Write one unit; it is on the disk (fsync) when this returns.
@@ -110,7 +120,7 @@ class RolloutStore:
         Raises:
             RunStopped: the disk is full or the folder cannot be written; finished units stay as they are.
         """
-        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rollouts)
+        lines = "".join(checked_line(asdict(r)) for r in rollouts)
         path = self.folder / f"rank_{rank:05d}.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -119,8 +129,9 @@ class RolloutStore:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunStopped(
-                f"cannot write rollouts to {path}: {error.strerror}; the finished ones are kept, free some space and "
-                "go on with --ckpt_path last"
+                f"cannot write rollouts to {path}: {error.strerror}; the finished ones are kept: make room, then run the "
+                "same command again",
+                here_only=True,
             ) from None
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -130,37 +141,18 @@ class RolloutStore:
 
 def _read_shard(path: Path) -> list[Rollout]:
     rows: list[Rollout] = []
-    good = 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                if not line.endswith(b"\n") or set(record) != _FIELDS:
-                    break
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = read_checked_line(line)
+            if set(record) == _FIELDS:
                 rows.append(Rollout(**record))
-            except (ValueError, TypeError):
-                break
-            good += len(line)
-    if good < path.stat().st_size:
-        os.truncate(path, good)
+        except (ValueError, TypeError):
+            continue
     return rows
 
 
-def write_json(path: Path, value: Any, one_per_line: bool = False) -> None:
-    """Atomic: write beside, fsync, rename. ``one_per_line``: a list of records, each on a line of its own.
-
-    Raises:
-        RunStopped: the file cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            if one_per_line:
-                file.write("[\n" + ",\n".join(json.dumps(v, ensure_ascii=False) for v in value) + "\n]\n")
-            else:
-                file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunStopped(f"cannot write {path}: {error.strerror}") from None
+def _cut_torn_end(path: Path) -> None:
+    lines = path.read_bytes()
+    end = lines.rfind(b"\n") + 1
+    if end < len(lines):
+        os.truncate(path, end)

@@ -1,0 +1,161 @@
+"""The folder of a run: which one a command writes into, whether it goes on from there, and what it must find unchanged.
+
+Lives here: ``choose_run`` (fresh, resumed or refused), ``SettingsFile`` (config.yaml), ``RunInputs`` (inputs.json: data,
+tokenizer and base weights of the run). Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
+
+from pause_lightning.checkpoints import best_of, newest_usable, read_checkpoint
+from pause_lightning.errors import UserError
+from pause_lightning.files import atomic, locked, sha256, write_json
+
+FINISHED = {"fit": "summary.json", "rollout": "rollouts/outer_000/DONE.json"}
+# Settings that say where and how a run is computed and shown, not what: a resumed run may change them.
+FREE = (
+    "run_name", "runs_dir", "ckpt_path", "fresh", "config", "weights_only", "checkpoint", "return_predictions",
+    "trainer.default_root_dir", "trainer.logger", "trainer.callbacks", "trainer.enable_progress_bar",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps",
+    "trainer.outer_loop.keep_loops", "trainer.outer_loop.test_after_fit",
+)  # fmt: skip
+
+
+def choose_run(command: str, wanted: Path, ckpt_path: str | None, fresh: bool, settings: Any, processes: int) -> dict:
+    """Decide in the first process: {"folder", "ckpt_path", "notes"}.
+
+    A run that was cut off goes on in its folder, from its newest usable checkpoint, if its settings are the same.
+    Otherwise ``wanted`` or, if that holds another run, ``wanted-2``, ``wanted-3``, ... is used.
+
+    Raises:
+        UserError: the checkpoint asked for does not exist or is damaged; the folder holds an unfinished run with other
+            settings, or one that another process is writing.
+    """
+    if ckpt_path not in (None, "last", "best"):
+        read_checkpoint(Path(str(ckpt_path)), "--ckpt_path")
+        return {"folder": str(wanted), "ckpt_path": ckpt_path, "notes": []}
+    if ckpt_path == "best":
+        return {"folder": str(wanted), "ckpt_path": str(best_of(wanted / "checkpoints")), "notes": []}
+    if ckpt_path == "last":
+        return _resume(wanted, processes)
+    if command not in FINISHED or fresh:
+        return {"folder": str(fresh_folder(wanted)), "ckpt_path": None, "notes": []}
+    for folder in _candidates(wanted):
+        if not folder.exists() or not any(folder.iterdir()):
+            return {"folder": str(folder), "ckpt_path": None, "notes": []}
+        saved = folder / "config.yaml"
+        if not saved.is_file() or (folder / FINISHED[command]).is_file():
+            continue
+        with locked(folder) as free:
+            if not free:
+                continue
+        begun = any((folder / "checkpoints").glob("*.ckpt")) or any((folder / "rollouts").glob("*/*.jsonl"))
+        if begun and (differs := _differences(saved, settings)):
+            raise UserError(
+                f"{folder} holds an unfinished run with other settings ({differs}): --fresh starts a new one beside it, "
+                "--ckpt_path last goes on with the settings given now"
+            )
+        return _resume(folder, processes)
+    raise AssertionError("unreachable")
+
+
+def _resume(folder: Path, processes: int) -> dict:
+    path, notes = newest_usable(folder / "checkpoints", processes)
+    return {"folder": str(folder), "ckpt_path": None if path is None else str(path), "notes": notes}
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    yield folder
+    number = 2
+    while True:
+        yield folder.with_name(f"{folder.name}-{number}")
+        number += 1
+
+
+def fresh_folder(folder: Path) -> Path:
+    """``folder``, or ``folder-2``, ``folder-3``, ... : a run never writes into the folder of another."""
+    return next(f for f in _candidates(folder) if not f.exists() or not any(f.iterdir()))
+
+
+def _differences(saved: Path, settings: dict[str, Any]) -> str:
+    try:
+        before = dict(_leaves(yaml.safe_load(saved.read_text())))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, AttributeError):
+        return f"{saved} is damaged"
+    now = dict(_leaves(settings))
+    differs = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _free(k)]
+    shown = [f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in differs[:2]]
+    return "; ".join(shown) + (f"; and {len(differs) - 2} more" if len(differs) > 2 else "")
+
+
+def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value is not None and value != {}:
+            yield f"{prefix}{key}", value
+
+
+def _free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+class SettingsFile(SaveConfigCallback):
+    """Writes config.yaml, atomically, from the first process."""
+
+    already_saved: bool
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.is_global_zero and not self.already_saved and not trainer.fast_dev_run:
+            with atomic(Path(trainer.default_root_dir) / "config.yaml") as file:
+                file.write(self.parser.dump(self.config, skip_none=False))
+        self.already_saved = True
+
+
+class RunInputs(Callback):
+    """Holds a resumed run to the data, tokenizer and base weights it began with (inputs.json).
+
+    Args:
+        resumed: whether the run goes on in a folder that has an inputs.json
+    """
+
+    def __init__(self, resumed: bool) -> None:
+        self.resumed = resumed
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run or stage not in ("fit", "predict"):
+            return
+        path = Path(trainer.default_root_dir) / "inputs.json"
+        now = {"data": trainer.datamodule.hash, "tokenizer": pl_module.tokenizer.sha256, "base": weights_of(pl_module.path)}
+        before = None
+        if self.resumed and path.is_file():
+            try:
+                before = json.loads(path.read_text())
+                changed = [key for key in now if before[key] != now[key]]
+            except (ValueError, KeyError, TypeError, OSError):
+                raise UserError(f"{path} is damaged; delete it if data and model are those the run began with") from None
+            if changed:
+                names = {"data": "the data set", "tokenizer": "the tokenizer", "base": f"the weights in {pl_module.path}"}
+                raise UserError(
+                    f"{trainer.default_root_dir} was begun with other inputs: {' and '.join(names[c] for c in changed)} "
+                    "changed since; restore what it began with, or start over with --fresh"
+                )
+        if before is None:
+            write_json(path, now)
+
+
+def weights_of(path: str | None) -> dict[str, str]:
+    """sha256 of each weights file in a model folder; empty for a hub name (the hub's cache is content-addressed)."""
+    folder = Path(path or "").expanduser()
+    if not path or not folder.is_dir():
+        return {}
+    files = [p for kind in ("*.safetensors", "*.bin") for p in folder.glob(kind)]
+    return {p.name: sha256(p) for p in sorted(files)}

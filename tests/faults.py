@@ -343,6 +343,10 @@ QUICK = [
     Kill("after a step's checkpoint", 10), Kill("in the middle of a rollout line", 7), Kill("inside validation", 2),
     Kill("in the middle of a checkpoint's bytes", 5), Kill("before a rename", 21), Kill("inside a test", 3),
 ]  # fmt: skip
+FEW = [
+    Kill("after a step's checkpoint", 8), Kill("in the middle of a rollout line", 2), Kill("before an optimiser step", 3),
+    Kill("inside validation", 2),
+]  # fmt: skip
 
 
 @dataclass
@@ -359,10 +363,10 @@ class Variant:
 def variants(quick: bool) -> list[Variant]:
     every = [Kill(point, n) for point, numbers in POINTS.items() for n in numbers]
     two = {"trainer__devices": 2}
-    few = [k for k in QUICK if k.point != "inside a test"]
     rng = random.Random(0)
-    ddp = [QUICK[1], QUICK[4]] if quick else [*few, *rng.sample(every, 22)]
-    fsdp = [QUICK[3]] if quick else [*few, *rng.sample(every, 8)]
+    reached = [k for k in every if k.number <= (12 if "step" in k.point else 4 if "roll" in k.point else 40)]
+    ddp = FEW if quick else [*FEW, *rng.sample(reached, 26)]
+    fsdp = FEW[:2] if quick else [*FEW, *rng.sample(reached, 14)]
     return [
         Variant("1 process", 1, {}, QUICK if quick else every, 0 if quick else 20),
         Variant("2 processes, ddp", 2, two | {"trainer__strategy": "ddp"}, ddp),

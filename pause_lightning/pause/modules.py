@@ -13,6 +13,7 @@ p(v) = (1 - p(pause)) * softmax(z without the pause column)[v]. Both heads are d
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -75,7 +76,7 @@ class PauseLMHead(nn.Linear):
         """gate: pauses at ``pause_rate`` (0..1) everywhere. row: the average row, about 1/V."""
         if self.kind == "gate":
             self.pause_head.weight.zero_()
-            self.pause_head.bias.fill_(torch.logit(torch.tensor(pause_rate)).item())
+            self.pause_head.bias.fill_(math.log(pause_rate / (1 - pause_rate)))
         else:
             self.pause_head.weight.copy_(self.weight.float().mean(0, keepdim=True))
 

@@ -85,7 +85,16 @@ def _quiet() -> None:
 
 def _useful(record: object) -> bool:
     text = record.getMessage()  # type: ignore[attr-defined]
-    noise = ("GPU available", "TPU available", "HPU available", "Seed set to", "Tip: ", "💡", "`Trainer.fit` stopped", "`weights_only` was")
+    noise = (
+        "GPU available",
+        "TPU available",
+        "HPU available",
+        "Seed set to",
+        "Tip: ",
+        "💡",
+        "`Trainer.fit` stopped",
+        "`weights_only` was",
+    )
     return not text.startswith(noise)
 
 

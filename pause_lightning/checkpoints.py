@@ -5,7 +5,7 @@ Lives here: ``CheckpointFile`` (Lightning's plugin for the file itself), ``RunCh
 with ``weights_only=True``. In ``<run>/checkpoints/``:
 
     last.ckpt          the newest: at the end of every epoch, before and after validation, every n steps, when stopped
-    epoch.ckpt         the newest end of an epoch: where a run can go on with another number of processes
+    last_epoch.ckpt         the newest end of an epoch: where a run can go on with another number of processes
     epoch003-….ckpt    the best by validation accuracy
 """
 
@@ -27,7 +27,7 @@ from pause_lightning.errors import Interrupted, UserError
 from pause_lightning.files import atomic
 from pause_lightning.processes import any_of
 
-LAST, EPOCH = "last.ckpt", "epoch.ckpt"
+LAST, EPOCH = "last.ckpt", "last_epoch.ckpt"
 
 
 class CheckpointFile(TorchCheckpointIO):
@@ -95,7 +95,7 @@ def newest_usable(folder: Path, processes: int) -> tuple[Path | None, list[str]]
 
 
 class RunCheckpoints(Checkpoint):
-    """Keeps last.ckpt and epoch.ckpt, and stops a run that was told to stop when all is saved.
+    """Keeps last.ckpt and last_epoch.ckpt, and stops a run that was told to stop when all is saved.
 
     Args:
         every_n_steps: also save last.ckpt after so many optimiser steps; null: at the ends of epochs only
@@ -169,9 +169,21 @@ class BestCheckpoints(ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
-        moved = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(state_dict | moved | {"best_k_models": models, "dirpath": self.dirpath})
+        models = {path: score for path, score in models.items() if Path(path).is_file()}  # what was deleted is forgotten
+        best, worst = max(models, key=models.get, default=""), min(models, key=models.get, default="")  # type: ignore[arg-type]
+        full = len(models) == self.save_top_k
+        super().load_state_dict(
+            state_dict
+            | {
+                "dirpath": self.dirpath,
+                "best_k_models": models,
+                "best_model_path": best,
+                "best_model_score": models.get(best),
+                "kth_best_model_path": worst if full else "",
+                "kth_value": models[worst] if full else torch.tensor(float("-inf")),
+            }
+        )
 
 
 def best_of(folder: Path) -> Path:

@@ -88,7 +88,9 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
     torch.save({"state_dict": {"model.other": torch.zeros(1)}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "x.ckpt")
     assert "of another model" in refused("fit", *tiny_settings(), "--model.init_from", "x.ckpt", cwd=tmp_path)
     (tmp_path / "y.ckpt").write_text("no checkpoint")
-    assert "y.ckpt is no checkpoint" in refused("fit", *tiny_settings(), "--model.init_from", "y.ckpt", cwd=tmp_path)
+    assert "y.ckpt is damaged, or no checkpoint" in refused(
+        "fit", *tiny_settings(), "--model.init_from", "y.ckpt", cwd=tmp_path
+    )
     assert "y.ckpt" in refused("fit", *tiny_settings(), "--ckpt_path", "y.ckpt", cwd=tmp_path)
 
 

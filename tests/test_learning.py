@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from pause_lightning.batches import BucketBatches, ResumableLoader, collate
+from pause_lightning.batches import BucketBatches, PromptLoader, ResumableLoader, collate
 from pause_lightning.errors import RunStopped, UserError
 from pause_lightning.metrics import ReplyMetrics
 from pause_lightning.recipes import Example, STaR
@@ -20,7 +20,7 @@ from pause_lightning.stats import mcnemar, wilson_interval
 
 
 def rollout(problem: str = "p", sample: int = 0, unit: int = 0, size: int = 2, **fields: Any) -> Rollout:
-    base = Rollout(unit, size, problem, sample, [1], [5, 2], "x", "1", 1.0, True, True, 0, "eos", [-0.1, -0.2], 0)
+    base = Rollout(unit, size, sample, problem, sample, [1], [5, 2], "x", "1", 1.0, True, True, 0, "eos", [-0.1, -0.2], 0)
     return replace(base, **fields)
 
 
@@ -62,19 +62,22 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     store.append(1, [rollout("b", unit=1, size=1, text="ünïcode")])
     store.append(0, [rollout("a", 0), rollout("a", 1)])
     assert [(r.problem_id, r.sample) for r in store.read()] == [("a", 0), ("a", 1), ("b", 0)]
-    assert not store.complete
-    store.finish({"n": 3})
-    assert store.complete
+    assert store.units() == {0, 1}
+    (tmp_path / "outer_000" / "rank_00000.jsonl").unlink()
+    assert store.units() == {1}  # a shard that is gone is seen
 
 
 @pytest.mark.parametrize("torn", ['{"unit": 1, "unit', "null\n", '{"unit": 1}\n', "\x00\x00\n"])
 def test_a_torn_last_line_is_cut_off_and_nothing_else(tmp_path: Path, torn: str) -> None:
     store = RolloutStore(tmp_path)
+    store.open({})
     store.append(0, [rollout("a", 0), rollout("a", 1)])
     shard = tmp_path / "rank_00000.jsonl"
     good = shard.read_bytes()
     shard.write_bytes(good + torn.encode())
-    assert len(store.read()) == 2 and shard.read_bytes() == good
+    assert len(store.read()) == 2
+    store.open({})
+    assert shard.read_bytes() == good or torn.endswith("\n")  # a whole line that is none of ours stays, unread
     store.append(0, [rollout("b", unit=1, size=1)])
     assert [r.problem_id for r in store.read()] == ["a", "a", "b"]
 
@@ -90,9 +93,25 @@ def test_a_unit_counts_when_all_its_lines_are_there(tmp_path: Path) -> None:
 def test_rollouts_of_another_policy_are_refused(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     store.open({"policy": "x", "seed": 1})
-    store.open({"policy": "x", "seed": 1})
-    with pytest.raises(UserError, match=r"another run \(policy differ"):
-        store.open({"policy": "y", "seed": 1})
+    store.open({"policy": "z", "seed": 1})  # nothing sampled yet: nothing to lose
+    store.append(0, [rollout("a", size=1)])
+    store.open({"policy": "z", "seed": 1})
+    for meta in (None, "{"):
+        with pytest.raises(UserError, match=r"another policy or other settings \(policy"):
+            store.open({"policy": "y", "seed": 1})
+        if meta:
+            (tmp_path / "meta.json").write_text(meta)
+
+
+def test_a_changed_byte_in_a_rollout_is_seen(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    store.append(0, [rollout("a", 0, size=1), rollout("b", unit=1, size=1)])
+    shard = tmp_path / "rank_00000.jsonl"
+    good = shard.read_bytes()
+    for at in range(0, len(good), 7):
+        shard.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        rows = store.read()
+        assert len(rows) < 2 and all(r == rollout(r.problem_id, unit=r.unit, size=1) for r in rows)
 
 
 def test_a_full_disk_loses_no_finished_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +127,8 @@ def test_a_full_disk_loses_no_finished_rollout(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     assert {r.problem_id for r in store.read()} >= {"a"}
     for line in (tmp_path / "rank_00000.jsonl").read_text().splitlines()[:2]:
-        assert json.loads(line) == asdict(rollout("a", json.loads(line)["sample"]))
+        record = json.loads(line)
+        assert record.pop("crc") and record == asdict(rollout("a", record["sample"]))
 
 
 # ---- batches
@@ -152,12 +172,19 @@ def test_a_loader_goes_on_where_it_was() -> None:
             examples, BucketBatches([len(e) for e in examples], 3, seed=0), lambda e: [x.problem_id for x in e]
         )
 
-    whole = list(loader())
-    first, second = loader(), loader()
-    batches = iter(first)
-    start = [next(batches) for _ in range(3)]
-    second.load_state_dict(first.state_dict())
-    assert start + list(second) == whole and second.state_dict() == {"consumed": 0}
+    second = loader()
+    second.skip(3)
+    assert list(second) == list(loader())[3:]
+    assert list(second) == list(loader())  # the next epoch is whole
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_prompts_are_dealt_out_once_and_evenly(world: int) -> None:
+    loaders = [list(PromptLoader(range(10), 3, rank, world)) for rank in range(world)]
+    assert len({len(batches) for batches in loaders}) == 1
+    batches = sorted((b for rank in loaders for b in rank), key=lambda b: b.index)
+    assert [b.index for b in batches] == list(range(len(batches)))
+    assert [b.prompts for b in batches if b.prompts] == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,)]
 
 
 # ---- metrics and statistics

@@ -5,7 +5,7 @@ Lives here: ``CheckpointFile`` (Lightning's plugin for the file itself), ``RunCh
 with ``weights_only=True``. In ``<run>/checkpoints/``:
 
     last.ckpt          the newest: at the end of every epoch, before and after validation, every n steps, when stopped
-    last_epoch.ckpt         the newest end of an epoch: where a run can go on with another number of processes
+    last_epoch.ckpt    the newest end of an epoch: where a run can go on with another number of processes
     epoch003-….ckpt    the best by validation accuracy
 """
 

@@ -76,10 +76,17 @@ def _quiet() -> None:
         ".*Trying to infer the `batch_size`.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*Total length of .* across ranks is zero.*",
+        r".*`self\.log\(.*, \.\.\., sync_dist=True\)`.*",  # our metrics are reduced before they are logged
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.fabric.utilities.distributed",
+        "lightning.fabric.utilities.seed",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
         logging.getLogger(name).addFilter(_useful)
 
 
@@ -94,8 +101,10 @@ def _useful(record: object) -> bool:
         "💡",
         "`Trainer.fit` stopped",
         "`weights_only` was",
+        "Initializing distributed",
+        "distributed_backend=",
     )
-    return not text.startswith(noise)
+    return not any(words in text for words in noise)
 
 
 def main() -> None:

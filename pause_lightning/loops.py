@@ -143,7 +143,7 @@ class RolloutLoop:
         if missing := sorted(wanted - {r.unit for r in rollouts}):
             raise UserError(
                 f"{store.folder}: {len(missing)} of {len(wanted)} units of rollouts are missing or damaged (first: unit "
-                f"{missing[0]}), and the policy has been trained since. Delete last.ckpt and last_epoch.ckpt of this run, and "
+                f"{missing[0]}), and the policy was trained since. Delete last.ckpt and last_epoch.ckpt of this run, then "
                 "run the same command again: it goes on from an older checkpoint and samples them again"
             )
         return [r for r in rollouts if r.unit in wanted]

@@ -49,7 +49,7 @@ def choose_run(command: str, wanted: Path, ckpt_path: str | None, fresh: bool, s
     if command not in FINISHED or fresh:
         return {"folder": str(fresh_folder(wanted)), "ckpt_path": None, "notes": []}
     for folder in _candidates(wanted):
-        if not folder.exists() or not any(folder.iterdir()):
+        if not _holds_something(folder):
             return {"folder": str(folder), "ckpt_path": None, "notes": []}
         saved = folder / "config.yaml"
         if not saved.is_file() or (folder / FINISHED[command]).is_file():
@@ -82,7 +82,12 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 def fresh_folder(folder: Path) -> Path:
     """``folder``, or ``folder-2``, ``folder-3``, ... : a run never writes into the folder of another."""
-    return next(f for f in _candidates(folder) if not f.exists() or not any(f.iterdir()))
+    return next(f for f in _candidates(folder) if not _holds_something(f))
+
+
+def _holds_something(folder: Path) -> bool:
+    """More than what a run leaves that dies before it begins: hidden files and a logger's empty ones."""
+    return folder.exists() and any(not p.name.startswith((".", "events.out.", "wandb")) for p in folder.iterdir())
 
 
 def _differences(saved: Path, settings: dict[str, Any]) -> str:

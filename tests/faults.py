@@ -402,10 +402,10 @@ def sweep(variant: Variant, work: Path, say: Callable[[str], None]) -> list[tupl
         again = run(args, cwd, processes=variant.processes)
         if again.code != 0:
             wrong = f"exit {again.code}: {again.err[-2000:]}"
+        elif sorted(p.name for p in (cwd / "runs").iterdir()) != ["run"]:
+            wrong = "a second run folder"
         elif not wrong:
             wrong = "; ".join(differences(expected, outcome(cwd / "runs" / "run"))[:3])
-            if sorted(p.name for p in (cwd / "runs").iterdir()) != ["run"]:
-                wrong += " a second run folder"
         rows.append((at, wrong))
         if wrong:
             say(f"{variant.name}, {kill}: {wrong}")

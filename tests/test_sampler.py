@@ -61,6 +61,16 @@ def test_the_seed_decides_and_the_global_state_is_left_alone(pause_model: Any) -
     assert first[0] != first[3]  # the same prompt twice is two draws
 
 
+def test_replies_do_not_depend_on_what_was_sampled_before(pause_model: Any) -> None:
+    def short() -> list[Reply]:
+        return sample(pause_model, 3, prompts=[[5, 6, 7], [8, 9, 10]] * 8, max_new_tokens=9)
+
+    before = short()
+    sample(pause_model, prompts=[[7] * 40], max_new_tokens=20)
+    assert short() == before  # to the last bit of the log-probabilities
+    assert getattr(pause_model, "_previous_max_cache_length", 0) < 20
+
+
 def test_a_model_folders_own_sampling_defaults_are_not_applied(pause_model: Any) -> None:
     plain = sample(pause_model, seed=5)
     pause_model.generation_config.top_k = 1

@@ -104,6 +104,9 @@ class HFSampler(Sampler):
         )
         # generate() fills what is left open here from the model's own generation config: give it none.
         own, model.generation_config = model.generation_config, GenerationConfig()
+        # It also makes the buffer as long as that of any call before, and a longer one changes the last bits of the logits:
+        # replies would depend on what the process has sampled earlier.
+        model.__dict__.pop("_previous_max_cache_length", None)
         try:
             output = model.generate(
                 input_ids=ids.to(model.device),

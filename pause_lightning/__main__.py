@@ -103,6 +103,8 @@ def _useful(record: object) -> bool:
         "`weights_only` was",
         "Initializing distributed",
         "distributed_backend=",
+        "Restoring states from",
+        "Restored all states",
     )
     return not any(words in text for words in noise)
 

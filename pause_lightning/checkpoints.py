@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 import zipfile
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from pause_lightning.files import atomic
 from pause_lightning.processes import any_of
 
 LAST, EPOCH = "last.ckpt", "last_epoch.ckpt"
+MIDDLE = "the middle of an epoch"
 
 
 class CheckpointFile(TorchCheckpointIO):
@@ -82,8 +84,8 @@ def newest_usable(folder: Path, processes: int) -> tuple[Path | None, list[str]]
             notes.append(f"passed over: {path} does not say where in a run it is")
         elif at["batches"] and not at["ends_epoch"] and state["processes"] != processes:
             notes.append(
-                f"{path.name} is of the middle of an epoch with {state['processes']} processes, which {processes} cannot "
-                "go on from: its epoch begins again"
+                f"{path.name} is of {MIDDLE} with {state['processes']} processes, which {processes} cannot go on from: "
+                "its epoch begins again"
             )
         else:
             found.append(((at["epoch"], at["batches"], path.name == LAST), path))
@@ -92,6 +94,12 @@ def newest_usable(folder: Path, processes: int) -> tuple[Path | None, list[str]]
             f"{folder} has no usable checkpoint ({notes[0].removeprefix('passed over: ')}); --fresh starts anew"
         )
     return (max(found)[1] if found else None), notes
+
+
+def make_last(path: Path) -> None:
+    """Where a run goes on from is its last checkpoint, also if it is an older one, or one of the best."""
+    if path.name != LAST:
+        link(path, path.with_name(LAST))
 
 
 class RunCheckpoints(Checkpoint):
@@ -120,7 +128,7 @@ class RunCheckpoints(Checkpoint):
         if stop or late or at_end or (self.every_n_steps and step % self.every_n_steps == 0):
             self._save(trainer, also_as=EPOCH if at_end else None)
         if stop:
-            raise Interrupted(trainer.stop.received or 15)
+            raise Interrupted(trainer.stop.received or signal.SIGTERM)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
-from pause_lightning.checkpoints import best_of, newest_usable, read_checkpoint
+from pause_lightning.checkpoints import LAST, MIDDLE, best_of, make_last, newest_usable, read_checkpoint
 from pause_lightning.errors import UserError
 from pause_lightning.files import atomic, locked, sha256, write_json
 
@@ -69,6 +69,8 @@ def choose_run(command: str, wanted: Path, ckpt_path: str | None, fresh: bool, s
 
 def _resume(folder: Path, processes: int) -> dict:
     path, notes = newest_usable(folder / "checkpoints", processes)
+    if path is not None and not any(LAST in note and MIDDLE in note for note in notes):
+        make_last(path)
     return {"folder": str(folder), "ckpt_path": None if path is None else str(path), "notes": notes}
 
 
@@ -86,8 +88,10 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def _holds_something(folder: Path) -> bool:
-    """More than what a run leaves that dies before it begins: hidden files and a logger's empty ones."""
-    return folder.exists() and any(not p.name.startswith((".", "events.out.", "wandb")) for p in folder.iterdir())
+    """More than what a run leaves that dies before it begins: hidden files, a logger's empty ones."""
+    return folder.exists() and any(
+        not p.name.startswith((".", "events.out.", "wandb", "inputs.json")) for p in folder.iterdir()
+    )
 
 
 def _differences(saved: Path, settings: dict[str, Any]) -> str:

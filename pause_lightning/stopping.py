@@ -39,7 +39,7 @@ class StopSignals:
 
     def _note(self, signum: int, frame: Any) -> None:
         children = getattr(self.trainer.strategy.launcher, "procs", None) or []
-        if signum == signal.SIGINT and self.received == signal.SIGINT:
+        if signum == signal.SIGINT and self.received is not None:
             for child in children:
                 child.kill()
             os.write(2, b"\npause_lightning: stopped at once\n")

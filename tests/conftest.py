@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import pause_lightning  # noqa: F401  (registers the pause classes)
+from tests.forks import ForkServer
 
 VOCAB = 64
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gpt2")
@@ -91,13 +95,28 @@ def tiny_settings(**overrides: str) -> list[str]:
     return [f"--{k}={v}" for k, v in settings.items() if v is not None]
 
 
-def command(*args: str, cwd: Path, timeout: float = 240, check: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m pause_lightning`` as a user would; fails unless the exit code is ``check``."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pause_lightning", *args],
-        cwd=cwd, timeout=timeout, capture_output=True, text=True,
-    )  # fmt: skip
-    assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+@functools.cache
+def server() -> ForkServer:
+    """Forks the commands of this test process."""
+    forks = ForkServer()
+    atexit.register(forks.close)
+    return forks
+
+
+def command(*args: str, cwd: Path, check: int | None = 0, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m pause_lightning`` as a user would, forked; fails unless the exit code is ``check``.
+
+    ``processes``: as if started by torchrun.
+    """
+    done = server().run(list(args), cwd, processes)
+    assert check is None or done.code == check, f"exit {done.code}\n{done.out}\n{done.err}"
+    return subprocess.CompletedProcess(args, done.code, done.out, done.err)
+
+
+def really(*args: str, cwd: Path, check: int = 0) -> subprocess.CompletedProcess[str]:
+    """``command`` in a process that imports everything itself."""
+    done = subprocess.run([sys.executable, "-m", "pause_lightning", *args], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 

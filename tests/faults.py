@@ -1,20 +1,18 @@
 """Kill a run anywhere, run the same command again, compare everything: ``python -m tests.faults``.
 
-Lives here: the fork server (a run costs a second, as nothing is imported again), the places to kill at, and what must be
-equal afterwards. The sweep writes the table of docs/reliability.md; tests/test_faults.py runs a part of it.
+Lives here: the places to kill at, and what must be equal afterwards; runs are forked (``forks.py``). The sweep writes
+the table of docs/reliability.md; tests/test_faults.py runs a part of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.forks import ROOT, warm  # noqa: F401
+from tests.forks import run as forked
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -75,112 +76,11 @@ def options(**changed: Any) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Done:
-    """How a command ended: ``code`` is negative for a signal."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
 class Kill:
     """Kill the whole process group when ``point`` is reached for the ``number``-th time in the first process."""
 
     point: str
     number: int
-
-
-# ---- the fork server
-
-
-def warm() -> None:
-    """Import once what every run imports."""
-    import peft  # noqa: F401
-    import tensorboard.summary  # noqa: F401
-    import torch
-    import torch.utils.tensorboard
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
-
-    import pause_lightning.cli
-    import pause_lightning.finish  # noqa: F401
-    from pause_lightning.__main__ import _quiet
-
-    _quiet()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-
-
-def run(args: list[str], cwd: Path, kill: Kill | None = None, processes: int = 1, after: float | None = None) -> Done:
-    """``python -m pause_lightning <args>`` in ``cwd``, in forked processes that think torchrun started them.
-
-    ``after``: seconds after which the process group is killed.
-    """
-    (cwd / "outside.py").write_text(OUTSIDE)
-    port = free_port()
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            _child(args, cwd, kill, rank, processes, port)
-        os.setpgid(child, children[0] if children else child)
-        children.append(child)
-    started, codes, killed = time.monotonic(), {}, False
-    while len(codes) < processes:
-        for rank, child in enumerate(children):
-            if rank not in codes:
-                pid, status = os.waitpid(child, os.WNOHANG)
-                if pid:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
-        passed = time.monotonic() - started
-        if not killed and ((after is not None and passed > after) or passed > 120):
-            killed = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(children[0], signal.SIGKILL)
-        time.sleep(0.005)
-    return Done(codes[0], (cwd / "out.txt").read_text(), (cwd / "err.txt").read_text())
-
-
-def _child(args: list[str], cwd: Path, kill: Kill | None, rank: int, processes: int, port: int) -> None:
-    code = 1
-    try:
-        if rank == 0:
-            os.setpgid(0, 0)
-        os.chdir(cwd)
-        sys.path.insert(0, str(cwd))
-        for number, name in ((1, "out"), (2, "err")):
-            file = os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if rank == 0 else os.O_APPEND))
-            os.dup2(file, number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        if processes > 1:
-            os.environ |= {
-                "TORCHELASTIC_RUN_ID": "faults", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
-                "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-        if kill is not None and rank == 0:
-            arm(kill)
-        from pause_lightning.__main__ import main
-
-        sys.argv = ["pause_lightning", *args]
-        main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 # ---- where to kill
@@ -372,6 +272,12 @@ def variants(quick: bool) -> list[Variant]:
         Variant("2 processes, ddp", 2, two | {"trainer__strategy": "ddp"}, ddp),
         Variant("2 processes, fsdp2", 2, two | {"trainer__strategy": "fsdp2"}, fsdp),
     ]
+
+
+def run(args: list[str], cwd: Path, kill: Kill | None = None, processes: int = 1, after: float | None = None) -> Any:
+    """A command of the package in ``cwd``, where the module ``outside`` can be imported; killed at ``kill``."""
+    (cwd / "outside.py").write_text(OUTSIDE)
+    return forked(args, cwd, processes, None if kill is None else (lambda: arm(kill)), after)
 
 
 def sweep(variant: Variant, work: Path, say: Callable[[str], None]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY, command, refused, tiny_settings
+from conftest import TINY, command, really, refused, tiny_settings
 
 GOOD = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"})
 
@@ -113,7 +113,7 @@ def test_a_run_never_writes_into_the_folder_of_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("args", [["--help"], ["inject", "--help"], ["ask", "--help"], ["--version"]])
 def test_light_commands_start_at_once(args: list[str], tmp_path: Path) -> None:
     started = time.monotonic()
-    command(*args, cwd=tmp_path)
+    really(*args, cwd=tmp_path)
     assert time.monotonic() - started < 1.5  # 0.05 s on a quiet machine; torch alone takes longer than this bound
     probe = f"import sys; sys.argv[1:] = {args!r}\nfrom pause_lightning.__main__ import run\n" \
             "try: run(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"  # fmt: skip

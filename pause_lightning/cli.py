@@ -171,6 +171,7 @@ class PauseCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
         callbacks: list[Any] = [PhaseReport(), ResultsWriter(), RunInputs(self.resumed)]
         if not any(isinstance(c, OuterLoopProgressBar) for c in given) and (
             self._get(self.config_init, "trainer")["enable_progress_bar"] is not False

@@ -57,7 +57,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
         hf = model.get_base_model() if hasattr(model, "get_base_model") else model
-        policy = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        policy = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         settings: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "offload_policy": policy}
         for layer in decoder_layers(hf):
             fully_shard(layer, **settings)

@@ -59,6 +59,8 @@ def run(
 
     ``prepare`` is called in the first of them. ``after``: seconds after which the process group is killed.
     """
+    for name in (".out", ".err"):
+        (cwd / name).write_text("")
     port = free_port()
     children = []
     for rank in range(processes):
@@ -91,7 +93,7 @@ def _child(args: list[str], cwd: Path, prepare: Callable[[], None] | None, rank:
         os.chdir(cwd)
         sys.path.insert(0, str(cwd))
         for number, name in ((1, ".out"), (2, ".err")):
-            file = os.open(name, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if rank == 0 else os.O_APPEND))
+            file = os.open(name, os.O_WRONLY | os.O_APPEND)
             os.dup2(file, number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         if processes > 1:

@@ -99,8 +99,9 @@ class HFSampler(Sampler):
             top_p=1.0,
             eos_token_id=eos_id,
             pad_token_id=pad_id,
-            # One buffer for keys and values: a growing one is copied whole at every step (half the time on CPU).
-            cache_implementation="static",
+            # One buffer for keys and values: a growing one is copied whole at every step (half the time on CPU). But in
+            # step with others a finished batch goes on, past the end of a buffer.
+            cache_implementation=None if in_step else "static",
         )
         # generate() fills what is left open here from the model's own generation config: give it none.
         own, model.generation_config = model.generation_config, GenerationConfig()

@@ -240,20 +240,35 @@ def test_free_processes_take_over_the_units_of_slow_ones(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["lightning", "torchrun"])
-def test_both_ways_to_start_processes(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["lightning", "torchrun", "slurm"])
+def test_every_way_to_start_processes(how: str, tmp_path: Path) -> None:
     (tmp_path / "outside.py").write_text(faults.OUTSIDE)
+    command = [sys.executable, "-m", "pause_lightning", "fit"]
     settings = faults.options(**DDP, trainer__outer_loop__num_outer_loops=1)
-    if how == "lightning":
-        done = really("fit", *settings, cwd=tmp_path)
-    else:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-        done = subprocess.run(
-            [*torchrun, "-m", "pause_lightning", "fit", *settings], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.count("outer loop 0 sft") == 1 and [p.name for p in (tmp_path / "runs").iterdir()] == ["run"]
+    environments = [os.environ | {"OMP_NUM_THREADS": "1"}]
+    if how == "torchrun":
+        command[2:3] = [
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master_port={free_port()}",
+            "-m",
+            "pause_lightning",
+        ]
+    if how == "slurm":  # what srun sets; there is no SLURM here
+        node = {"SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "x", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+        node |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": "1"}
+        tasks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+        environments = [environments[0] | node | task for task in tasks]
+    started = [
+        subprocess.Popen(
+            [*command, *settings], cwd=tmp_path, env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for e in environments
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert all(process.returncode == 0 for process in started), ended
+    assert "".join(out for out, _ in ended).count("outer loop 0 sft") == 1
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["run"]
     assert len(RolloutStore(tmp_path / "runs" / "run" / "rollouts" / "outer_000").read()) == 36
 
 

@@ -105,6 +105,15 @@ class OuterLoopProgressBar(TQDMProgressBar):
         self._bar: Any = None
         self._seen, self._correct = 0, 0
 
+    def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        loop, schedule = trainer.fit_loop, trainer.outer_loop
+        after = loop.epoch_index - schedule.warmup_epochs
+        name, epoch, of = "Warm-up", loop.epoch_index + 1, schedule.warmup_epochs
+        if after >= 0:
+            name, epoch, of = f"SFT {loop.outer_index}", after % schedule.sft_epochs + 1, schedule.sft_epochs
+        self.train_progress_bar.set_description(f"{name}, epoch {epoch} of {of}")
+
     def on_rollout_start(self, trainer: Any, pl_module: Any, outer: int, total: int, done: int) -> None:
         self._bar = tqdm(
             desc=f"Rollout {outer}", total=total, initial=done, unit="reply", disable=self.is_disabled, leave=False

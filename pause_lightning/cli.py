@@ -116,7 +116,7 @@ class PauseCLI(LightningCLI):
         commands = {**LightningCLI.subcommands(), "rollout": {"model", "datamodule"}}
         # The options of a command take a tenth of a second to collect: those of the command given are enough.
         only = PauseCLI._command
-        return {only: commands[only]} if only in commands else commands
+        return {only: commands[only]} if only is not None and only in commands else commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_name", type=str, default="run", help="name of the run's folder")

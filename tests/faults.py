@@ -267,8 +267,14 @@ def variants(quick: bool) -> list[Variant]:
     reached = [k for k in every if k.number <= (12 if "step" in k.point else 4 if "roll" in k.point else 40)]
     ddp = FEW if quick else [*FEW, *rng.sample(reached, 26)]
     fsdp = FEW[:2] if quick else [*FEW, *rng.sample(reached, 14)]
+    lora = {
+        "model__lora__r": 2, "model__freeze": None, "model__optimizer__outer_schedule": "cosine",
+        "trainer__accumulate_grad_batches": 2, "trainer__gradient_clip_val": 1.0, "trainer__outer_loop__restart": "weights",
+    }  # fmt: skip
+    some = [k for k in every if "step" in k.point or "inside" in k.point or "line" in k.point][::3]
     return [
         Variant("1 process", 1, {}, QUICK if quick else every, 0 if quick else 20),
+        Variant("1 process, LoRA, accumulation, weights restarted", 1, lora, FEW if quick else some),
         Variant("2 processes, ddp", 2, two | {"trainer__strategy": "ddp"}, ddp),
         Variant("2 processes, fsdp2", 2, two | {"trainer__strategy": "fsdp2"}, fsdp),
     ]

@@ -51,7 +51,7 @@ def test_a_part_of_the_sweep() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     totals = [line for line in done.stdout.splitlines() if "**all**" in line]
-    assert len(totals) == 3 and all(int(line.split("|")[3].strip(" *")) > 1 for line in totals)
+    assert len(totals) == 4 and all(int(line.split("|")[3].strip(" *")) > 1 for line in totals)
 
 
 def test_a_moved_run_goes_on_to_the_same_end(whole: Path, tmp_path: Path) -> None:

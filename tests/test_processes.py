@@ -90,9 +90,7 @@ def test_metrics_and_results_count_every_problem_once_in_order(tmp_path: Path) -
         cwd = tmp_path / f"test{processes}"
         cwd.mkdir()
         (cwd / "outside.py").write_text(faults.OUTSIDE)
-        settings = faults.options(
-            checkpoint__every_n_steps=None, data__eval_batch_size=3, **final, **{**DDP, "trainer__devices": processes}
-        )
+        settings = faults.options(checkpoint__every_n_steps=None, **final, **{**DDP, "trainer__devices": processes})
         out = command("test", *settings, cwd=cwd, processes=processes).stdout
         assert "(n=8)" in out
         results.append(json.loads((cwd / "runs" / "run" / "test_results.json").read_text()))

@@ -129,7 +129,7 @@ class PauseCLI(LightningCLI):
             {
                 "data.task": {"class_path": "pause_lightning.tasks.GSM8K"},
                 "data.recipe": {"class_path": "pause_lightning.recipes.STaR"},
-                "model.sampler": {"class_path": "pause_lightning.rollouts.hf.HFSampler"},
+                "model.sampler": {"class_path": "pause_lightning.rollouts.continuous.ContinuousSampler"},
             }
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)

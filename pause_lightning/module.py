@@ -7,6 +7,7 @@ Lives here: ``PauseLitModule``. The model's parts are in ``pause/``, sampling en
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,7 +25,7 @@ from pause_lightning.errors import RunStopped, UserError
 from pause_lightning.metrics import ReplyMetrics
 from pause_lightning.pause.freeze import FreezePolicy, LoRA, apply_policy, trainable_table
 from pause_lightning.replies import count, result_row, sample_and_grade
-from pause_lightning.rollouts.hf import HFSampler
+from pause_lightning.rollouts.continuous import ContinuousSampler
 from pause_lightning.rollouts.sampler import Sampler, SamplingSettings
 from pause_lightning.rollouts.store import Rollout
 from pause_lightning.schedule import Optimizer
@@ -90,7 +91,7 @@ class PauseLitModule(pl.LightningModule):
         self.freeze_policy, self.lora, self.dtype_name = freeze, lora, dtype
         self.gradient_checkpointing, self.optimizer_settings = gradient_checkpointing, optimizer
         self.rollout_sampling, self.eval_sampling = rollout_sampling, eval_sampling
-        self.sampler = sampler or HFSampler()
+        self.sampler = sampler or ContinuousSampler()
         self.model: Any = None
         self.results: list[tuple[int, list[dict[str, Any]]]] = []  # (number of the batch, its rows)
         self.metrics_of: dict[str, dict[str, float]] = {}
@@ -258,6 +259,11 @@ class PauseLitModule(pl.LightningModule):
             return []
         grade = self.trainer.datamodule.task.grade
         more = {"in_step": True} if self.in_step else {}
+        if more and "in_step" not in inspect.signature(self.sampler.sample).parameters:
+            raise UserError(
+                f"trainer.strategy.generate_sharded: {type(self.sampler).__name__} cannot generate in step; use "
+                "--model.sampler pause_lightning.rollouts.hf.HFSampler"
+            )
         return sample_and_grade(
             self.hf_model, self.sampler, self.tokenizer, grade, prompts, settings, seed, samples, on_progress, **more
         )

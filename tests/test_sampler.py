@@ -9,19 +9,26 @@ import torch
 from conftest import VOCAB, scramble_pause, tiny_model
 
 from pause_lightning.errors import UserError
-from pause_lightning.pause.logits import GateTemperature, PauseTemperature
 from pause_lightning.pause.model import add_pause
+from pause_lightning.rollouts.continuous import ContinuousSampler, inverse_cdf
 from pause_lightning.rollouts.hf import HFSampler
 from pause_lightning.rollouts.sampler import Reply, SamplingSettings
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [5, 6, 7], [3]]
 IDS = {"eos_id": 2, "pad_id": 0}
-EXACT = torch.tensor([[1.0, 2.0, 0.5, 3.0, -1.0, 1.5]])
-PAUSE = 4
+ENGINES: dict[str, Any] = {"generate": HFSampler, "continuous": ContinuousSampler}
+engine: Any = None
+
+
+@pytest.fixture(autouse=True, params=list(ENGINES))
+def each_engine(request: pytest.FixtureRequest) -> None:
+    """Every test here holds for every engine."""
+    global engine
+    engine = ENGINES[request.param]
 
 
 def sample(model: Any, seed: int = 0, batch_size: int = 64, prompts: Any = PROMPTS, **settings: Any) -> list[Reply]:
-    return HFSampler(batch_size).sample(model, prompts, SamplingSettings(**{"max_new_tokens": 12, **settings}), seed, **IDS)
+    return engine(batch_size).sample(model, prompts, SamplingSettings(**{"max_new_tokens": 12, **settings}), seed, **IDS)
 
 
 @pytest.mark.parametrize("head", ["gate", "row"])
@@ -97,48 +104,6 @@ def test_the_context_bounds_a_reply(pause_model: Any) -> None:
     assert len(reply.ids) <= 4
 
 
-# ---- pause and gate temperature, on exact probabilities
-
-
-def paused(processor: Any, scores: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
-    return (processor(torch.zeros(1, 1), scores) / tau).softmax(-1)[0]
-
-
-def test_paper_values_of_pause_temperature() -> None:
-    """reference.md 10: p = .2, T = 2 -> 1/3, the others times .8333; T = 0 -> 0; T = 1 -> nothing changes."""
-    p = torch.tensor([0.3, 0.1, 0.25, 0.15, 0.2])
-    doubled = paused(PauseTemperature(PAUSE, 2.0), p.log().unsqueeze(0))
-    assert torch.allclose(doubled, torch.tensor([0.25, 0.0833333, 0.2083333, 0.125, 1 / 3]), atol=1e-6)
-    assert paused(PauseTemperature(PAUSE, 0.0), p.log().unsqueeze(0))[PAUSE] == 0
-    assert torch.allclose(paused(PauseTemperature(PAUSE, 1.0), p.log().unsqueeze(0)), p)
-
-
-@pytest.mark.parametrize("tau", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("t", [0.0, 0.3, 4.0])
-def test_pause_temperature_under_a_sampling_temperature(tau: float, t: float) -> None:
-    p = (EXACT / tau).softmax(-1)[0]
-    odds = p[PAUSE] / (1 - p[PAUSE])
-    wanted = t * odds / (1 + t * odds)
-    got = paused(PauseTemperature(PAUSE, t, tau), EXACT, tau)
-    assert torch.allclose(got[PAUSE], wanted, atol=1e-6)
-    others = torch.arange(6) != PAUSE
-    assert torch.allclose(got[others], p[others] * (1 - wanted) / (1 - p[PAUSE]), atol=1e-6)
-
-
-def test_a_pause_that_is_all_there_is_stays() -> None:
-    only = torch.full((1, 6), float("-inf"))
-    only[0, PAUSE] = 0.0
-    assert paused(PauseTemperature(PAUSE, 0.0), only)[PAUSE] == 1
-
-
-def test_paper_values_of_gate_temperature() -> None:
-    """reference.md 10: g = (0, ln 3), tau_g = 2 -> P(pause) = .3660."""
-    scores = torch.tensor([[0.375, 0.375, 0.25]]).log()
-    got = paused(GateTemperature(2, 2.0), scores)
-    assert got[2].item() == pytest.approx(0.3660, abs=1e-4)
-    assert got[0] == got[1] == pytest.approx((1 - got[2].item()) / 2, abs=1e-6)
-
-
 def test_pause_temperature_zero_forbids_pauses_in_replies(pause_model: Any) -> None:
     def pauses(t: float) -> int:
         return sum(r.ids.count(VOCAB) for seed in range(5) for r in sample(pause_model, seed, pause_temperature=t))
@@ -146,7 +111,61 @@ def test_pause_temperature_zero_forbids_pauses_in_replies(pause_model: Any) -> N
     assert pauses(0.0) == 0 < pauses(1.0) < pauses(20.0)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"gate_temperature": 0.0}])
-def test_settings_out_of_range_are_named(bad: dict) -> None:
-    with pytest.raises(UserError, match=rf"model.rollout_sampling.{next(iter(bad))} must be"):
-        SamplingSettings(**bad).check("model.rollout_sampling")
+def test_the_model_is_left_as_it_was(pause_model: Any) -> None:
+    before = {k: v.clone() for k, v in pause_model.state_dict().items()}
+    pause_model.train()
+    pause_model.eval()
+    sample(pause_model)
+    assert all(torch.equal(v, before[k]) for k, v in pause_model.state_dict().items())
+    assert all(p.grad is None for p in pause_model.parameters())
+
+
+# ---- the continuous engine
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "gpt2"])
+def test_greedy_replies_are_those_of_generate_in_any_slots(arch: str, tied: bool) -> None:
+    model = scramble_pause(add_pause(tiny_model(arch, tied), VOCAB))
+    prompts = [[3 + (7 * i + j) % 50 for j in range(1 + i % 29)] for i in range(60)]
+    expected = HFSampler().sample(model, prompts, SamplingSettings(temperature=0.0, max_new_tokens=20), 0, **IDS)
+    for slots, refill in ((60, 0.0), (7, 0.0), (16, 0.5)):
+        got = ContinuousSampler(slots, refill).sample(
+            model, prompts, SamplingSettings(temperature=0.0, max_new_tokens=20), 0, **IDS
+        )
+        assert [r.ids for r in got] == [r.ids for r in expected]
+        assert all(abs(a - b) < 1e-4 for x, y in zip(got, expected) for a, b in zip(x.logprobs, y.logprobs))
+
+
+def test_a_reply_does_not_depend_on_its_neighbours() -> None:
+    model = scramble_pause(add_pause(tiny_model(), VOCAB))
+    prompts = [[3 + (7 * i + j) % 50 for j in range(1 + i % 29)] for i in range(100) for _ in range(2)]
+    settings = SamplingSettings(max_new_tokens=20)
+    runs = [ContinuousSampler(slots).sample(model, prompts, settings, 0, **IDS) for slots in (8, 33, 200)]
+    same = [sum(a.ids == b.ids for a, b in zip(runs[0], other)) / len(prompts) for other in runs[1:]]
+    assert min(same) >= 0.995
+    assert runs[0][0].ids != runs[0][1].ids  # two samples of one prompt
+    assert runs[0] == ContinuousSampler(8).sample(model, prompts, settings, 0, **IDS)  # to the last bit
+
+
+def test_inverse_cdf_draws_from_the_law() -> None:
+    from scipy.stats import chisquare
+
+    scores = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)) * 2
+    scores[0, ::7] = float("-inf")
+    scores[0, 256:] = float("-inf")  # the last block is impossible
+    n = 100_000
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    counts = torch.bincount(inverse_cdf(scores.expand(n, -1), uniform), minlength=300).double()
+    law = scores[0].double().softmax(-1)
+    assert counts[law == 0].sum() == 0
+    keep = law * n > 5
+    assert chisquare(counts[keep], law[keep] * counts[keep].sum() / law[keep].sum()).pvalue > 1e-3
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert (law[inverse_cdf(scores.expand(2, -1), edges)] > 0).all()
+
+
+def test_other_attention_is_refused() -> None:
+    model = tiny_model("mistral", sliding_window=16)
+    with pytest.raises(UserError, match=r"has a sliding window; use pause_lightning\.rollouts\.hf\.HFSampler"):
+        ContinuousSampler().sample(model, PROMPTS, SamplingSettings(), 0, **IDS)

@@ -1,4 +1,4 @@
-"""The first sampling engine: HF ``generate`` on batches of prompts of similar length.
+"""The reference engine: HF ``generate`` on batches of prompts of similar length.
 
 Lives here: ``HFSampler``. All processing of the logits is stated here in the order it happens; ``generate`` is given a
 generation config of its own so that nothing a model folder brings along (top_k = 50, a repetition penalty) is applied.

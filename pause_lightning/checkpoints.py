@@ -178,8 +178,14 @@ class BestCheckpoints(ModelCheckpoint):
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
         models = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        models = {path: score for path, score in models.items() if Path(path).is_file()}  # what was deleted is forgotten
-        best, worst = max(models, key=models.get, default=""), min(models, key=models.get, default="")  # type: ignore[arg-type]
+        best = here(state_dict["best_model_path"])
+        if best and not Path(best).is_file():
+            raise UserError(
+                f"the best checkpoint of this run so far is gone: {best}; restore it, or start over with --fresh"
+            )
+        # A kill may have come between deleting one that was no longer among the best and saving last.ckpt.
+        models = {path: score for path, score in models.items() if Path(path).is_file()}
+        worst = min(models, key=models.get, default="")  # type: ignore[arg-type]
         full = len(models) == self.save_top_k
         super().load_state_dict(
             state_dict
@@ -187,7 +193,6 @@ class BestCheckpoints(ModelCheckpoint):
                 "dirpath": self.dirpath,
                 "best_k_models": models,
                 "best_model_path": best,
-                "best_model_score": models.get(best),
                 "kth_best_model_path": worst if full else "",
                 "kth_value": models[worst] if full else torch.tensor(float("-inf")),
             }

@@ -35,9 +35,15 @@ def find_config(name: str) -> str:
     """A path as it is; a bare name (``quickstart``, ``logger/wandb``) as one of the configs this package brings along.
 
     Raises:
-        UserError: neither a file nor a known name.
+        UserError: neither a file nor a known name, or no text.
     """
-    if Path(name).is_file() or name.lstrip().startswith("{"):
+    if name.lstrip().startswith("{"):
+        return name
+    if Path(name).is_file():
+        try:
+            Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config: {name} cannot be read ({error})") from None
         return name
     for folder in CONFIG_FOLDERS:
         for candidate in (folder / name, folder / f"{name}.yaml"):

@@ -15,7 +15,6 @@ from typing import Any
 from pause_lightning.callbacks import PhaseReport, in_order
 from pause_lightning.checkpoints import BestCheckpoints
 from pause_lightning.files import write_json
-from pause_lightning.loops import START
 from pause_lightning.module import say
 from pause_lightning.stats import mcnemar, show_accuracy
 from pause_lightning.strategies import FSDP2Strategy
@@ -32,8 +31,9 @@ def finish_fit(trainer: Any, module: Any, data: Any, started: float) -> dict[str
     best, score = best_checkpoint(trainer)
     tested: dict[str, list[bool]] = {}
     if trainer.outer_loop.test_after_fit:
-        before = run / "checkpoints" / START
-        if trainer.outer_loop.num_outer_loops and before.exists():
+        begun = trainer.fit_loop.epoch_index > trainer.outer_loop.warmup_epochs
+        before = trainer.fit_loop.start_checkpoint(needed=begun)
+        if before.is_file():
             module.load_trained(before)
             tested["before"] = _test(trainer, module, data, "test_before_outer_loops")
         if best is not None:

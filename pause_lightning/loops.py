@@ -342,17 +342,25 @@ class OuterLoopLoop(_FitLoop):
             self._restart()
         elif outer is not None:
             self._rollouts_of = outer
+        if outer is not None:
+            self.start_checkpoint(needed=True)
         super().on_advance_start()
 
+    def start_checkpoint(self, needed: bool = False) -> Path:
+        """The weights from before the outer loops. Raises: UserError if they are needed and gone."""
+        path = Path(self.trainer.default_root_dir) / "checkpoints" / START
+        wanted = self.settings.test_after_fit or self.settings.restart == "weights"
+        if needed and wanted and not self.trainer.fast_dev_run and not path.is_file():
+            raise UserError(f"{path} is gone, which this run still needs; restore it, or start over with --fresh")
+        return path
+
     def _save_start(self) -> None:
-        folder = Path(self.trainer.default_root_dir) / "checkpoints"
         if not self.trainer.fast_dev_run:
-            self.trainer.save_checkpoint(folder / START, weights_only=True)
+            self.trainer.save_checkpoint(self.start_checkpoint(), weights_only=True)
 
     def _restart(self) -> None:
         if self.settings.restart == "weights":
-            path = Path(self.trainer.default_root_dir) / "checkpoints" / START
-            self.trainer.lightning_module.load_trained(path)
+            self.trainer.lightning_module.load_trained(self.start_checkpoint(needed=True))
         if self.settings.restart != "nothing":
             self.trainer.strategy.setup_optimizers(self.trainer)
 

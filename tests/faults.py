@@ -37,6 +37,11 @@ class Kind(WordProblems):
         good = len(reply) % 2 == 0
         return Grade(reply[-3:], good, False, float(good))
 
+class Lengths(STaR):
+    """Learns from replies of even length, whatever the task says."""
+    def select(self, rollouts, ground_truth, seed):
+        return [Example(r.problem_id, tuple(r.prompt_ids), tuple(r.reply_ids)) for r in rollouts if len(r.text) % 2 == 0]
+
 class Everything(STaR):
     def select(self, rollouts, ground_truth, seed):
         return [Example(r.problem_id, tuple(r.prompt_ids), tuple(r.reply_ids)) for r in rollouts if r.correct]

@@ -145,11 +145,10 @@ def test_a_run_is_resumed_from_last(run: tuple[Path, str], tmp_path: Path) -> No
     write_kind_task(tmp_path)
     cut = tmp_path / "runs" / "cut"
     shutil.copytree(folder, cut)
-    checkpoints = sorted((cut / "checkpoints").glob("epoch*.ckpt"))
-    first = next(c for c in checkpoints if "epoch002" in c.name)  # after outer loop 0
-    for path in [*checkpoints, cut / "checkpoints" / "last.ckpt"]:
-        if path != first:
-            path.unlink()
+    checkpoints = cut / "checkpoints"
+    first = next(checkpoints.glob("epoch002*.ckpt"))  # after outer loop 0
+    for path in [*checkpoints.glob("epoch003*.ckpt"), *checkpoints.glob("last*.ckpt")]:
+        path.unlink()
     shutil.rmtree(cut / "final")
     before = (cut / "rollouts" / "outer_001" / "rank_00000.jsonl").read_bytes()
     (tmp_path / "sampled.txt").unlink(missing_ok=True)

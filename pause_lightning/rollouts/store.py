@@ -89,7 +89,8 @@ class RolloutStore:
         except (ValueError, OSError):
             found = {}
         if shards and found != fingerprint:
-            differs = [key for key in fingerprint if (found or {}).get(key) != fingerprint[key]]
+            known = found if isinstance(found, dict) else {}
+            differs = [key for key in fingerprint if known.get(key) != fingerprint[key]]
             raise UserError(
                 f"{self.folder} holds rollouts of another policy or other settings ({', '.join(differs)}; see meta.json): "
                 "go on with the settings they were made with, or delete that folder and they are sampled anew"

@@ -240,7 +240,8 @@ class PauseLitModule(pl.LightningModule):
         """Around every phase that samples replies: eval mode, and weights in place (FSDP2)."""
         was_training = self.training
         self.eval()
-        with getattr(self._strategy, "whole_weights", nullcontext)():
+        precision = self.trainer.precision_plugin.forward_context()  # Lightning enters it for its own steps only
+        with getattr(self._strategy, "whole_weights", nullcontext)(), precision:
             try:
                 yield
             finally:

@@ -1,4 +1,4 @@
-"""Damage one file of a run that was cut off, or of its inputs, and run the same command again: ``python -m tests.corruption``.
+"""Damage one file of a cut-off run, or of its inputs, and run the same command again: ``python -m tests.corruption``.
 
 Lives here: the worlds (a folder with inputs and a run that was killed), the damages, and the verdict: one clear line, or
 exactly the result without the damage. Everything else is a failure. The table is quoted in docs/reliability.md.
@@ -113,8 +113,8 @@ def worlds() -> list[World]:
             "../../adapter/config.json": CUTS | JSON, "../../adapter/tokenizer.json": CUTS,
             "../../base/model.safetensors": FLIPS,
         }, lambda folder: export(folder, **lora)),
-        World("a --config file, killed in SFT", ["fit", *settings, "--config", "mine.yaml"], Kill("before an optimiser step", 5),
-              {"../../mine.yaml": ALL}, lambda folder: _write_config(folder)),
+        World("a --config file, killed in SFT", ["fit", *settings, "--config", "mine.yaml"],
+              Kill("before an optimiser step", 5), {"../../mine.yaml": ALL}, _write_config),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One damage of every file of a run and of its inputs: a clear line or the same result. All of them: tests/corruption.py."""
+"""One damage of every file of a run and its inputs: a clear line or the same result. All: tests/corruption.py."""
 
 from __future__ import annotations
 

@@ -167,5 +167,8 @@ def test_inverse_cdf_draws_from_the_law() -> None:
 
 def test_other_attention_is_refused() -> None:
     model = tiny_model("mistral", sliding_window=16)
-    with pytest.raises(UserError, match=r"has a sliding window; use pause_lightning\.rollouts\.hf\.HFSampler"):
-        ContinuousSampler().sample(model, PROMPTS, SamplingSettings(), 0, **IDS)
+    short, long = SamplingSettings(temperature=0.0, max_new_tokens=8), SamplingSettings(max_new_tokens=12)
+    expected = HFSampler().sample(model, PROMPTS, short, 0, **IDS)
+    assert [r.ids for r in ContinuousSampler().sample(model, PROMPTS, short, 0, **IDS)] == [r.ids for r in expected]
+    with pytest.raises(UserError, match=r"a sliding window of 16, prompt and reply take up to 17. Use pause_lightning"):
+        ContinuousSampler().sample(model, PROMPTS, long, 0, **IDS)

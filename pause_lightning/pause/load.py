@@ -150,7 +150,7 @@ def _plain_model(config: Any, base: str | None, dtype: torch.dtype, weights: boo
 
     try:
         if base is None:
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
         if weights:
             if Path(base).is_dir():
                 check_sums(Path(base), "model.path")

@@ -53,13 +53,14 @@ class ContinuousSampler(Sampler):
         from pause_lightning.pause.model import context_length
         from pause_lightning.rollouts.hf import _processors
 
-        _check_attention(model.config)
         context = context_length(model.config) or max(map(len, prompts), default=0) + settings.max_new_tokens
         rooms = [min(settings.max_new_tokens, context - len(p)) for p in prompts]
+        width = max((len(p) + r for p, r in zip(prompts, rooms)), default=1)
+        _check_attention(model.config, width)
         streams = _uniforms(seed, len(prompts), max(rooms, default=1), model.device)
         # The same prompts come one after the other: they share a prefill.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
-        state = _Slots(model, min(self.slots, len(prompts)), max((len(p) + r for p, r in zip(prompts, rooms)), default=1))
+        state = _Slots(model, min(self.slots, len(prompts)), width)
         draw = _Draw(_processors(model, settings), greedy=settings.temperature == 0)
         replies: list[Reply | None] = [None] * len(prompts)
         waiting = iter(order)
@@ -167,7 +168,7 @@ class _Slots:
         ids = torch.zeros(len(distinct), int(lengths.max()), dtype=torch.long, device=self.last.device)
         for row, prompt in enumerate(distinct):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache()
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)).long()
         ends, end = (lengths - 1).unique(return_inverse=True)  # the LM head sees these positions only
         logits = self.model(
@@ -282,12 +283,13 @@ def slot_cache(model: Any, size: int, width: int) -> Any:
     return cache
 
 
-def _check_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+def _check_attention(config: Any, width: int) -> None:
+    """A sliding window is no obstacle as long as prompt and reply fit into it."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    short = window is not None and window < (getattr(config, "max_position_embeddings", None) or 0)
-    if kinds - {"full_attention"} or short:
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others or (window is not None and width > window):
+        what = ", ".join(sorted(others)) or f"a sliding window of {window}, prompt and reply take up to {width}"
         raise UserError(
-            f"model.sampler: ContinuousSampler knows plain causal attention only, {config.model_type} has "
-            f"{'a sliding window' if short else ', '.join(sorted(kinds))}; use pause_lightning.rollouts.hf.HFSampler"
+            f"model.sampler: ContinuousSampler knows plain causal attention only; {config.model_type} has {what}. "
+            "Use pause_lightning.rollouts.hf.HFSampler"
         )

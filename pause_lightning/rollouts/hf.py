@@ -102,6 +102,7 @@ class HFSampler(Sampler):
             # One buffer for keys and values: a growing one is copied whole at every step (half the time on CPU). But in
             # step with others a finished batch goes on, past the end of a buffer.
             cache_implementation=None if in_step else "static",
+            disable_compile=True,  # which generate() would do by itself on CUDA, for every new shape
         )
         # generate() fills what is left open here from the model's own generation config: give it none.
         own, model.generation_config = model.generation_config, GenerationConfig()

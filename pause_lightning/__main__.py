@@ -123,9 +123,11 @@ def main() -> None:
         code = 141
     except Exception as error:
         if (ours := as_user_error(error)) is None:
-            if rank() and any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer")):
-                sys.exit(1)  # another process is gone, and that one has said why
-            raise
+            if not any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer")):
+                raise
+            if rank() == 0:
+                print("pause_lightning: another process of this run is gone; run the same command again", file=sys.stderr)
+            sys.exit(1)
         if rank() == 0 or getattr(ours, "here_only", False):
             who = f" [process {rank()}]" if rank() else ""
             print(f"pause_lightning{who}: {ours}", file=sys.stderr)

@@ -39,6 +39,7 @@ from pause_lightning.metrics import ReplyMetrics
 from pause_lightning.processes import WorkQueue
 from pause_lightning.rollouts.store import Rollout, RolloutStore
 from pause_lightning.schedule import OuterLoop
+from pause_lightning.stopping import StopSignals
 
 MAX_EMPTY_LOOPS = 3
 START = "start_of_outer_loops.ckpt"
@@ -218,7 +219,8 @@ class OuterLoopLoop(_FitLoop):
         new = cls(trainer, settings, old.min_epochs, old.max_epochs)
         new.epoch_loop = _EpochLoop(trainer, old.min_steps, old.max_steps)
         new._data_source = old._data_source
-        trainer.fit_loop = new
+        trainer.fit_loop, trainer.outer_loop = new, settings
+        trainer.stop = trainer._signal_connector = StopSignals(trainer)
         return new
 
     # ---- position

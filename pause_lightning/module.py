@@ -334,8 +334,10 @@ class PauseLitModule(pl.LightningModule):
 
     def _graded(self, batch: PromptBatch, name: str) -> list[dict[str, Any]]:
         seed = stable_seed(self._seed, name, batch.index)
-        graded = self.reply(list(batch.prompts), self.eval_sampling, seed, on_progress=self.trainer.stop.check)
-        self.trainer.stop.check()
+        stop = getattr(self.trainer, "stop", None)  # a stock Trainer may validate and test, too
+        graded = self.reply(list(batch.prompts), self.eval_sampling, seed, on_progress=stop and stop.check)
+        if stop:
+            stop.check()
         return graded
 
     def _evaluate(self, batch: PromptBatch, name: str) -> None:

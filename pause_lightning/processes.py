@@ -31,7 +31,7 @@ def first_decides(decide: Callable[[], Any]) -> Any:
 
     Processes that Lightning starts inherit it through the environment; those of torchrun and SLURM ask the first one.
     """
-    if DECISION in os.environ:
+    if DECISION in os.environ and int(os.environ.get("LOCAL_RANK", 0)) > 0:
         return json.loads(os.environ[DECISION])
     environment = _started_from_outside()
     if environment is None:

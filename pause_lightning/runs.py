@@ -167,4 +167,6 @@ def weights_of(path: str | None) -> dict[str, str]:
     if not path or not folder.is_dir():
         return {}
     files = [p for kind in ("*.safetensors", "*.bin") for p in folder.glob(kind)]
-    return {p.name: sha256(p) for p in sorted(files)}
+    own = {p.name: sha256(p) for p in sorted(files)}
+    adapter = folder / "adapter_config.json"
+    return own | (weights_of(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else {})

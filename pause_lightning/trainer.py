@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 from pause_lightning.checkpoints import CheckpointFile
 from pause_lightning.loops import OuterLoopLoop
 from pause_lightning.schedule import OuterLoop
-from pause_lightning.stopping import StopSignals
 from pause_lightning.strategies import FSDP2Strategy
 
 
@@ -38,10 +37,7 @@ class OuterLoopTrainer(pl.Trainer):
         if kwargs.get("strategy") == "fsdp2" or isinstance(kwargs.get("strategy"), FSDP2Strategy):
             kwargs["inference_mode"] = False  # sharded parameters cannot be gathered under it
         super().__init__(*args, **kwargs)
-        self.outer_loop = outer_loop
         self._rollout_only = False
-        self.stop: Any = StopSignals(self)
-        self._signal_connector = self.stop
         OuterLoopLoop.install(self, outer_loop)
 
     def rollout(

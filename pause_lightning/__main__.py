@@ -112,7 +112,7 @@ def _useful(record: object) -> bool:
 def main() -> None:
     """Entry point: runs the command line and exits."""
     from pause_lightning.errors import as_user_error
-    from pause_lightning.processes import rank
+    from pause_lightning.processes import first_has_ended, rank
 
     try:
         code = run(sys.argv[1:])
@@ -128,7 +128,7 @@ def main() -> None:
             if rank() == 0:
                 print("pause_lightning: another process of this run is gone; run the same command again", file=sys.stderr)
             sys.exit(1)
-        if rank() == 0 or getattr(ours, "here_only", False):
+        if rank() == 0 or getattr(ours, "here_only", False) or not first_has_ended():
             who = f" [process {rank()}]" if rank() else ""
             print(f"pause_lightning{who}: {ours}", file=sys.stderr)
         code = ours.exit_code

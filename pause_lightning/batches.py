@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -59,8 +60,7 @@ class BucketBatches:
             pooled = sorted(order[start : start + pool], key=lambda i: self.lengths[i])
             batches += [pooled[i : i + self.batch_size] for i in range(0, len(pooled), self.batch_size)]
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        if shuffled:
-            shuffled += shuffled[: len(self) * self.world_size - len(shuffled)]
+        shuffled = list(islice(cycle(shuffled), len(self) * self.world_size))  # every process gets equally many
         skip, self.skip = self.skip, 0
         yield from shuffled[self.rank :: self.world_size][skip:]
 

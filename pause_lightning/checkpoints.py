@@ -29,6 +29,7 @@ from pause_lightning.files import atomic
 from pause_lightning.processes import any_of
 
 LAST, EPOCH = "last.ckpt", "last_epoch.ckpt"
+BEST = "epoch[0-9]*-step[0-9]*.ckpt"
 MIDDLE = "the middle of an epoch"
 
 
@@ -67,33 +68,54 @@ def read_checkpoint(path: Path, key: str = "the checkpoint") -> dict[str, Any]:
 def newest_usable(folder: Path, processes: int) -> tuple[Path | None, list[str]]:
     """(the checkpoint in ``folder`` to go on from with so many processes, what to tell about those passed over).
 
+    That is last.ckpt; if it cannot be used, last_epoch.ckpt or one of the best, the furthest first.
+
     Raises:
         UserError: there are checkpoints, and none of them can be used.
     """
     notes: list[str] = []
-    found: list[tuple[tuple[int, int, int], Path]] = []
-    paths = [p for p in folder.glob("*.ckpt") if not p.name.startswith((".", "start_of"))]
+    found: list[tuple[tuple[int, int], Path]] = []
+    paths = [p for p in (folder / LAST, folder / EPOCH, *folder.glob(BEST)) if p.is_file()]
     for path in paths:
         try:
-            state = read_checkpoint(path).get("loops", {}).get("fit_loop", {})
-        except UserError as error:
+            checkpoint = read_checkpoint(path)
+            state, at = checkpoint["loops"]["fit_loop"], position_of(checkpoint)
+            complete = at is not None and bool(checkpoint.get("optimizer_states"))
+        except (UserError, KeyError, TypeError) as error:
             notes.append(f"passed over: {error}")
             continue
-        at = state.get("position")
-        if at is None:
-            notes.append(f"passed over: {path} does not say where in a run it is")
+        if at is None or not complete:
+            notes.append(f"passed over: {path} is not of a run that can go on")
         elif at["batches"] and not at["ends_epoch"] and state["processes"] != processes:
             notes.append(
                 f"{path.name} is of {MIDDLE} with {state['processes']} processes, which {processes} cannot go on from: "
                 "its epoch begins again"
             )
+        elif path.name == LAST:
+            return path, notes
         else:
-            found.append(((at["epoch"], at["batches"], path.name == LAST), path))
-    if not found and paths and any(n.startswith("passed") for n in notes):
-        raise UserError(
-            f"{folder} has no usable checkpoint ({notes[0].removeprefix('passed over: ')}); --fresh starts anew"
-        )
+            found.append(((at["epoch"], at["batches"]), path))
+    if not found and any(n.startswith("passed") for n in notes):
+        why = notes[0].removeprefix("passed over: ")
+        raise UserError(f"{folder} has no usable checkpoint ({why}); --fresh starts anew")
     return (max(found)[1] if found else None), notes
+
+
+def position_of(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The position (``loops.Position`` as a dictionary) a checkpoint is of, or None."""
+    return checkpoint.get("loops", {}).get("fit_loop", {}).get("position")
+
+
+def go_back_to(path: Path) -> None:
+    """Make ``path``, an older checkpoint of its run, the one the run goes on from; later ones are renamed to ``*.old``."""
+    folder, here = path.parent, position_of(read_checkpoint(path))
+    for other in [folder / EPOCH, *folder.glob(BEST)]:
+        if here is None or other == path or not other.is_file():
+            continue
+        there = position_of(torch.load(other, map_location="cpu", weights_only=True))
+        if there is None or (there["epoch"], there["batches"]) > (here["epoch"], here["batches"]):
+            other.rename(other.with_name(other.name + ".old"))
+    make_last(path)
 
 
 def make_last(path: Path) -> None:
@@ -179,6 +201,9 @@ class BestCheckpoints(ModelCheckpoint):
 
         models = {here(path): score for path, score in state_dict["best_k_models"].items()}
         best = here(state_dict["best_model_path"])
+        elsewhere = state_dict.get("dirpath") != self.dirpath
+        if best and not Path(best).is_file() and elsewhere:  # a new run from a checkpoint of another
+            return
         if best and not Path(best).is_file():
             raise UserError(
                 f"the best checkpoint of this run so far is gone: {best}; restore it, or start over with --fresh"

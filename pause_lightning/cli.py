@@ -15,16 +15,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import pause_lightning.tasks  # noqa: F401  (its classes can be named in data.task)
 from pause_lightning.callbacks import OuterLoopProgressBar, PhaseReport, ResultsWriter, Retention
-from pause_lightning.checkpoints import BestCheckpoints, RunCheckpoints, describe, read_checkpoint
+from pause_lightning.checkpoints import (
+    BestCheckpoints,
+    RunCheckpoints,
+    describe,
+    go_back_to,
+    make_last,
+    position_of,
+    read_checkpoint,
+)
 from pause_lightning.datamodule import GSM8KDataModule
 from pause_lightning.errors import UserError, as_user_error
 from pause_lightning.files import locked
 from pause_lightning.module import PauseLitModule, say
-from pause_lightning.processes import first_decides, rank
+from pause_lightning.processes import expected, first_decides, rank
 from pause_lightning.runs import FINISHED, RunInputs, SettingsFile, choose_run
 from pause_lightning.trainer import OuterLoopTrainer
 
@@ -149,7 +158,8 @@ class PauseCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config, command = self.config[self.subcommand], str(self.subcommand)
         wanted = Path(config.runs_dir) / config.run_name
-        processes = config.trainer.num_nodes * (config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
+        t = config.trainer
+        processes = expected(str(t.accelerator), t.devices, t.num_nodes)
 
         def decide() -> dict[str, Any]:
             settings = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
@@ -165,6 +175,9 @@ class PauseCLI(LightningCLI):
             self._lock = locked(self.run)  # held until the process ends
             if not self._lock.__enter__():
                 raise UserError(f"{self.run} is being written by another process")
+            chosen = choice["ckpt_path"]
+            if command == "fit" and chosen is not None and Path(chosen).parent == self.run / "checkpoints":
+                make_last(Path(chosen)) if config.get("ckpt_path") in (None, "last") else go_back_to(Path(chosen))
         if choice["ckpt_path"] is not None or config.get("ckpt_path") is not None:
             config.ckpt_path = choice["ckpt_path"]
         self.resumed = (self.run / "inputs.json").is_file()
@@ -184,8 +197,8 @@ class PauseCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        callbacks: list[Any] = [PhaseReport(), ResultsWriter(), RunInputs(self.resumed)]
-        if not any(isinstance(c, OuterLoopProgressBar) for c in given) and (
+        callbacks: list[Any] = [PhaseReport(), ResultsWriter(), RunInputs(str(self.subcommand), self.resumed)]
+        if not any(isinstance(c, ProgressBar) for c in given) and (
             self._get(self.config_init, "trainer")["enable_progress_bar"] is not False
         ):
             callbacks.append(OuterLoopProgressBar())
@@ -199,10 +212,11 @@ class PauseCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.started = time.monotonic()
+        self.trainer.stop.keep = True
         say(f"run folder: {self.run}")
         path = self.config_init[self.subcommand].get("ckpt_path")
         if path is not None:
-            at = read_checkpoint(Path(path)).get("loops", {}).get("fit_loop", {}).get("position")
+            at = position_of(read_checkpoint(Path(path)))
             say(f"going on from {path}" + (f": {describe(at)}" if at else ""))
 
     def after_fit(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_lightning.callbacks import PhaseReport, in_order
-from pause_lightning.checkpoints import BestCheckpoints
+from pause_lightning.checkpoints import LAST, BestCheckpoints
 from pause_lightning.files import write_json
 from pause_lightning.module import say
 from pause_lightning.stats import mcnemar, show_accuracy
@@ -36,11 +36,12 @@ def finish_fit(trainer: Any, module: Any, data: Any, started: float) -> dict[str
         if before.is_file():
             module.load_trained(before)
             tested["before"] = _test(trainer, module, data, "test_before_outer_loops")
-        if best is not None:
-            module.load_trained(best)
+        trainer.stop.check()
+        module.load_trained(best or run / "checkpoints" / LAST)  # without validation the newest weights are the final ones
         tested["final"] = _test(trainer, module, data, "test")
-    elif best is not None:
-        module.load_trained(best)
+        trainer.stop.check()
+    else:
+        module.load_trained(best or run / "checkpoints" / LAST)
     summary: dict[str, Any] = {
         "run": str(run),
         "steps": trainer.global_step,

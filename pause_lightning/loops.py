@@ -21,7 +21,9 @@ outer, metrics), on_sft_start(..., outer, kept), on_resumable(trainer, module, p
 
 from __future__ import annotations
 
+import hashlib
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,9 +36,9 @@ from lightning.pytorch.loops.utilities import _is_max_limit_reached
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pause_lightning.batches import stable_seed
-from pause_lightning.errors import RunStopped, UserError
+from pause_lightning.errors import Interrupted, RunStopped, UserError
 from pause_lightning.metrics import ReplyMetrics
-from pause_lightning.processes import WorkQueue
+from pause_lightning.processes import WorkQueue, any_of
 from pause_lightning.rollouts.store import Rollout, RolloutStore
 from pause_lightning.schedule import OuterLoop
 from pause_lightning.stopping import StopSignals
@@ -57,7 +59,7 @@ def call_hook(trainer: Any, name: str, *args: Any) -> None:
 class Position:
     """Where a run is. ``epoch``: SFT epochs done; ``batches``: done in the next one; ``total``: batches done in all.
 
-    ``ends_epoch``: all batches of the epoch are done, its validation is still to come.
+    ``ends_epoch``: all batches of the epoch (or of the run, under max_steps) are done, the validation is still to come.
     """
 
     epoch: int
@@ -71,11 +73,12 @@ class RolloutLoop:
 
     def __init__(self, trainer: Any, settings: OuterLoop) -> None:
         self.trainer, self.settings = trainer, settings
+        self.policy: str | None = None  # fingerprint of the policy that the last rollouts are of
 
     def store(self, outer: int) -> RolloutStore:
         return RolloutStore(Path(self.trainer.default_root_dir) / "rollouts" / f"outer_{outer:03d}")
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, units: list[Any]) -> dict[str, Any]:
         """What the rollouts of an outer loop are a function of."""
         module = self.trainer.lightning_module
         return {
@@ -84,6 +87,7 @@ class RolloutLoop:
             "samples_per_problem": self.settings.samples_per_problem,
             "seed": self.settings.seed,
             "data": self.trainer.datamodule.hash,
+            "problems": hashlib.sha256(repr([(u.index, [p.ids for p in u.prompts]) for u in units]).encode()).hexdigest(),
         }
 
     def run(self, outer: int) -> dict[str, float]:
@@ -99,7 +103,8 @@ class RolloutLoop:
         trainer, module, started = self.trainer, self.trainer.lightning_module, time.monotonic()
         units = trainer.datamodule.rollout_units(outer)
         samples, store = self.settings.samples_per_problem, self.store(outer)
-        fingerprint = self.fingerprint()
+        fingerprint = self.fingerprint(units)
+        self.policy = fingerprint["policy"]
         done: set[int] = set()
         if trainer.is_global_zero:
             store.open(fingerprint)
@@ -110,7 +115,8 @@ class RolloutLoop:
         call_hook(trainer, "on_rollout_start", outer, total, before)
 
         def on_progress(n: int) -> None:
-            trainer.stop.check()
+            if not module.in_step:
+                trainer.stop.check()
             if n:
                 call_hook(trainer, "on_rollout_progress", outer, n)
 
@@ -122,7 +128,10 @@ class RolloutLoop:
                 if unit is not None:
                     store.append(trainer.global_rank, rollouts)
                     call_hook(trainer, "on_rollout_unit_end", outer, rollouts)
-                trainer.stop.check()
+                if not module.in_step:
+                    trainer.stop.check()
+                elif any_of(trainer, trainer.stop.received is not None)[0]:
+                    raise Interrupted(trainer.stop.received or signal.SIGTERM)
         trainer.strategy.barrier("rollout")
         metrics = self.metrics(self.read(outer, units)) | {"seconds": time.monotonic() - started}
         if trainer.is_global_zero:
@@ -141,6 +150,11 @@ class RolloutLoop:
         store = self.store(outer)
         wanted = {u.index for u in (units or self.trainer.datamodule.rollout_units(outer))}
         rollouts = store.read()
+        if self.policy is not None and store.policy() != self.policy:
+            raise UserError(
+                f"{store.folder}: these are not the rollouts this checkpoint was being trained on (meta.json names another "
+                "policy): restore them, or go back to an older checkpoint with --ckpt_path"
+            )
         if missing := sorted(wanted - {r.unit for r in rollouts}):
             raise UserError(
                 f"{store.folder}: {len(missing)} of {len(wanted)} units of rollouts are missing or damaged (first: unit "
@@ -211,7 +225,7 @@ class OuterLoopLoop(_FitLoop):
         self._data_of: int | None = None  # outer loop whose data is loaded; -1: the warm-up's
         self._rollouts_of: int | None = None  # outer loop whose rollouts are known to be complete
         self._empty = 0  # outer loops in a row that kept nothing
-        self._only_validate = False
+        self._only_validate, self._validate_at = False, 0
 
     @classmethod
     def install(cls, trainer: Any, settings: OuterLoop) -> OuterLoopLoop:
@@ -258,9 +272,10 @@ class OuterLoopLoop(_FitLoop):
         validated = (
             self.trainer.validating and evaluated.is_last_batch and evaluated.current.completed == evaluated.current.ready
         )
-        if at_end and (validated or not self.epoch_ends_phase or not self.trainer.enable_validation):
+        ends_run = _is_max_limit_reached(self.epoch_loop.global_step, self.max_steps) and not validated
+        if at_end and (validated or not (self.epoch_ends_phase or ends_run) or not self.trainer.enable_validation):
             return Position(epochs.processed + 1, 0, total, False)
-        return Position(epochs.processed, done, total, at_end)
+        return Position(epochs.processed, done, total, at_end or (ends_run and self.trainer.enable_validation))
 
     def phase_progress(self) -> tuple[bool, int, int]:
         """(in the warm-up?, optimiser steps done in this phase, optimiser steps of this phase)."""
@@ -279,6 +294,8 @@ class OuterLoopLoop(_FitLoop):
             "steps": self.epoch_loop.global_step,
             "empty": self._empty,
             "processes": self.trainer.world_size,
+            "policy": self.rollout_loop.policy,
+            "stopped": self.trainer.should_stop,
         }
         return state if destination is None else destination | state
 
@@ -293,9 +310,15 @@ class OuterLoopLoop(_FitLoop):
         stepped.ready = stepped.completed = steps
         # Lightning counts a step after the validation that follows it.
         loop._batches_that_stepped = steps - at.ends_epoch
-        self._empty = state_dict["empty"]
+        self._empty, self.rollout_loop.policy = state_dict["empty"], state_dict["policy"]
+        self.trainer.should_stop = state_dict["stopped"]
+        if at.batches and not at.ends_epoch and state_dict["processes"] != self.trainer.world_size:
+            raise UserError(
+                f"the checkpoint is of the middle of an epoch with {state_dict['processes']} processes, which "
+                f"{self.trainer.world_size} cannot go on from: go on from last_epoch.ckpt"
+            )
         self.resumed_batches = 0 if at.ends_epoch else at.batches
-        self._only_validate = at.ends_epoch
+        self._only_validate, self._validate_at = at.ends_epoch, at.batches
 
     # ---- data
 
@@ -370,6 +393,8 @@ class OuterLoopLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
+        if self._only_validate:
+            return False
         # An outer loop that keeps nothing has no batches; that must not end the run.
         saved: Any = getattr(self, "max_batches")  # noqa: B009  (a plain attribute of Lightning's, of no declared type)
         self.max_batches = saved or 1
@@ -383,9 +408,9 @@ class OuterLoopLoop(_FitLoop):
             self._only_validate = False
             loop, trainer = self.epoch_loop, self.trainer
             current = loop.batch_progress.current
-            current.ready = current.started = current.processed = current.completed = int(self.max_batches)
-            loop.batch_progress.is_last_batch = True
-            if trainer.enable_validation and self.epoch_ends_phase:
+            current.ready = current.started = current.processed = current.completed = self._validate_at
+            loop.batch_progress.is_last_batch = self._validate_at >= self.max_batches
+            if trainer.enable_validation:
                 trainer.validating = True
                 loop.val_loop.run()
                 trainer.training = True

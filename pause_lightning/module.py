@@ -334,7 +334,7 @@ class PauseLitModule(pl.LightningModule):
 
     def _graded(self, batch: PromptBatch, name: str) -> list[dict[str, Any]]:
         seed = stable_seed(self._seed, name, batch.index)
-        stop = getattr(self.trainer, "stop", None)  # a stock Trainer may validate and test, too
+        stop = None if self.in_step else getattr(self.trainer, "stop", None)  # a stock Trainer may validate and test, too
         graded = self.reply(list(batch.prompts), self.eval_sampling, seed, on_progress=stop and stop.check)
         if stop:
             stop.check()

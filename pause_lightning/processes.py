@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,6 +25,23 @@ def rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 0
+
+
+def expected(accelerator: str, devices: Any, num_nodes: int) -> int:
+    """How many processes a run will have, by its settings and who starts it."""
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if int(os.environ.get(name, 1)) > 1:
+            return int(os.environ[name])
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, (list, tuple)):
+        return len(devices) * num_nodes
+    if isinstance(devices, int) and devices >= 0:
+        return max(devices, 1) * num_nodes
+    import torch
+
+    here = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
+    return max(here, 1) * num_nodes
 
 
 def first_decides(decide: Callable[[], Any]) -> Any:
@@ -64,6 +82,19 @@ def first_decides(decide: Callable[[], Any]) -> Any:
 
 
 _keep: list[Any] = []
+
+
+def first_has_ended(seconds: float = 30.0) -> bool:
+    """In another process than the first: wait for it to end, and say what it has to say; False if it goes on.
+
+    Lightning kills the first process when one that it started ends before it.
+    """
+    parent, until = os.getppid(), time.monotonic() + seconds
+    while DECISION in os.environ and os.getppid() == parent:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _started_from_outside() -> Any:

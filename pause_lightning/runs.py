@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
-from pause_lightning.checkpoints import LAST, MIDDLE, best_of, make_last, newest_usable, read_checkpoint
+from pause_lightning.checkpoints import best_of, newest_usable, read_checkpoint
 from pause_lightning.errors import UserError
 from pause_lightning.files import atomic, locked, sha256, write_json
 
@@ -39,20 +39,17 @@ def choose_run(command: str, wanted: Path, ckpt_path: str | None, fresh: bool, s
         UserError: the checkpoint asked for does not exist or is damaged; the folder holds an unfinished run with other
             settings, or one that another process is writing.
     """
-    if ckpt_path not in (None, "last", "best"):
-        read_checkpoint(Path(str(ckpt_path)), "--ckpt_path")
-        return {"folder": str(wanted), "ckpt_path": ckpt_path, "notes": []}
-    if ckpt_path == "best":
-        return {"folder": str(wanted), "ckpt_path": str(best_of(wanted / "checkpoints")), "notes": []}
-    if ckpt_path == "last":
-        return _resume(wanted, processes)
-    if command not in FINISHED or fresh:
-        return {"folder": str(fresh_folder(wanted)), "ckpt_path": None, "notes": []}
+    path, notes = _checkpoint(wanted, ckpt_path, processes)
+    if command == "rollout" or ckpt_path is None:
+        if command not in FINISHED or fresh:
+            return {"folder": str(fresh_folder(wanted)), "ckpt_path": path, "notes": notes}
+    else:
+        return {"folder": str(wanted), "ckpt_path": path, "notes": notes}
     for folder in _candidates(wanted):
         if not _holds_something(folder):
-            return {"folder": str(folder), "ckpt_path": None, "notes": []}
+            return {"folder": str(folder), "ckpt_path": path, "notes": notes}
         saved = folder / "config.yaml"
-        if not saved.is_file() or (folder / FINISHED[command]).is_file():
+        if not saved.is_file() or (folder / FINISHED[command]).is_file() or _command_of(folder) not in (None, command):
             continue
         with locked(folder) as free:
             if not free:
@@ -63,15 +60,31 @@ def choose_run(command: str, wanted: Path, ckpt_path: str | None, fresh: bool, s
                 f"{folder} holds an unfinished run with other settings ({differs}): --fresh starts a new one beside it, "
                 "--ckpt_path last goes on with the settings given now"
             )
-        return _resume(folder, processes)
+        if command == "fit":
+            path, notes = _checkpoint(folder, "last", processes)
+        return {"folder": str(folder), "ckpt_path": path, "notes": notes}
     raise AssertionError("unreachable")
 
 
-def _resume(folder: Path, processes: int) -> dict:
-    path, notes = newest_usable(folder / "checkpoints", processes)
-    if path is not None and not any(LAST in note and MIDDLE in note for note in notes):
-        make_last(path)
-    return {"folder": str(folder), "ckpt_path": None if path is None else str(path), "notes": notes}
+def _checkpoint(folder: Path, wanted: str | None, processes: int) -> tuple[str | None, list[str]]:
+    """(path of the checkpoint that ``--ckpt_path`` means in this run, what to tell)."""
+    if wanted is None:
+        return None, []
+    if wanted == "last":
+        path, notes = newest_usable(folder / "checkpoints", processes)
+        return None if path is None else str(path), notes
+    if wanted == "best":
+        return str(best_of(folder / "checkpoints")), []
+    read_checkpoint(Path(wanted), "--ckpt_path")
+    return wanted, []
+
+
+def _command_of(folder: Path) -> str | None:
+    """The command a run folder was made by; None if it does not say."""
+    try:
+        return json.loads((folder / "inputs.json").read_text()).get("command")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
@@ -123,27 +136,34 @@ class SettingsFile(SaveConfigCallback):
     already_saved: bool
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.is_global_zero and not self.already_saved and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not self.already_saved and _begins_run(trainer):
             with atomic(Path(trainer.default_root_dir) / "config.yaml") as file:
                 file.write(self.parser.dump(self.config, skip_none=False))
         self.already_saved = True
+
+
+def _begins_run(trainer: Any) -> bool:
+    """Whether this is what a run folder belongs to (fit, rollout), not a look at one."""
+    return not trainer.fast_dev_run and (trainer.state.fn == "fit" or getattr(trainer, "rollout_only", False))
 
 
 class RunInputs(Callback):
     """Holds a resumed run to the data, tokenizer and base weights it began with (inputs.json).
 
     Args:
+        command: the command of the run
         resumed: whether the run goes on in a folder that has an inputs.json
     """
 
-    def __init__(self, resumed: bool) -> None:
-        self.resumed = resumed
+    def __init__(self, command: str, resumed: bool) -> None:
+        self.command, self.resumed = command, resumed
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run or stage not in ("fit", "predict"):
+        if not trainer.is_global_zero or not _begins_run(trainer):
             return
         path = Path(trainer.default_root_dir) / "inputs.json"
-        now = {"data": trainer.datamodule.hash, "tokenizer": pl_module.tokenizer.sha256, "base": weights_of(pl_module.path)}
+        now: dict[str, Any] = {"data": trainer.datamodule.hash, "tokenizer": pl_module.tokenizer.sha256}
+        now["base"] = weights_of(pl_module.path)
         before = None
         if self.resumed and path.is_file():
             try:
@@ -158,7 +178,7 @@ class RunInputs(Callback):
                     "changed since; restore what it began with, or start over with --fresh"
                 )
         if before is None:
-            write_json(path, now)
+            write_json(path, {"command": self.command, **now})
 
 
 def weights_of(path: str | None) -> dict[str, str]:

@@ -26,13 +26,16 @@ class StopSignals:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.received: int | None = None
+        self.keep = False  # the command line keeps the handlers between fit, test and export
         self._before: dict[int, Any] = {}
 
     def register_signal_handlers(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
 
     def teardown(self) -> None:
+        if self.keep:
+            return
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}

@@ -34,6 +34,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             data_parallel_size="auto",
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
+            # offloaded shards are gathered and reduced on the CPU
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None,
             timeout=timedelta(minutes=timeout_minutes),
         )
         self.generate_sharded, self.cpu_offload = generate_sharded, cpu_offload

@@ -37,7 +37,7 @@ class OuterLoopTrainer(pl.Trainer):
         if kwargs.get("strategy") == "fsdp2" or isinstance(kwargs.get("strategy"), FSDP2Strategy):
             kwargs["inference_mode"] = False  # sharded parameters cannot be gathered under it
         super().__init__(*args, **kwargs)
-        self._rollout_only = False
+        self.rollout_only = False
         OuterLoopLoop.install(self, outer_loop)
 
     def rollout(
@@ -48,15 +48,15 @@ class OuterLoopTrainer(pl.Trainer):
         Args:
             ckpt_path: checkpoint of a run whose weights to use; null: the model as it is
         """
-        self._rollout_only = True
+        self.rollout_only = True
         try:
             self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
         finally:
-            self._rollout_only = False
+            self.rollout_only = False
         return self.rollout_metrics
 
     def _run_stage(self) -> Any:
-        if not self._rollout_only:
+        if not self.rollout_only:
             return super()._run_stage()
         loop: Any = self.fit_loop
         self.rollout_metrics = loop.rollout_loop.run(0)

@@ -100,6 +100,13 @@ class RolloutStore:
         for shard in shards:
             _cut_torn_end(shard)
 
+    def policy(self) -> str | None:
+        """The fingerprint of the policy these rollouts are of; None if meta.json is damaged."""
+        try:
+            return json.loads((self.folder / "meta.json").read_text())["policy"]
+        except (ValueError, KeyError, TypeError, OSError):
+            return None
+
     def units(self) -> set[int]:
         """The numbers of the units that are complete."""
         return {rollout.unit for rollout in self.read()}

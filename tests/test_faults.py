@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import command, refused
+from safetensors.torch import load_file
 
 from tests import faults
 
@@ -26,6 +27,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(cwd: Path, *more: str, check: int = 0, processes: int = 1, **changed: Any) -> Path:
+    cwd.mkdir(exist_ok=True)
     (cwd / "outside.py").write_text(faults.OUTSIDE)
     command("fit", *faults.options(**changed), *more, cwd=cwd, check=check, processes=processes)
     return cwd / "runs" / "run"
@@ -190,3 +192,77 @@ def test_a_full_disk_is_one_line_and_loses_nothing(whole: Path, tmp_path: Path) 
         assert faults.differences(faults.outcome(whole), faults.outcome(small / "run")) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+# ---- what is easily got wrong beside killing
+
+
+def test_without_validation_the_newest_weights_are_exported(tmp_path: Path) -> None:
+    run = fit(tmp_path, trainer__limit_val_batches=0)
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    final = load_file(run / "final" / "model.safetensors")
+    assert all(torch.equal(final[name], last[f"model.{name}"]) for name in final)
+
+
+def test_going_back_on_purpose_is_not_undone_by_the_next_resume(whole: Path, tmp_path: Path) -> None:
+    """Kill, go back to an older checkpoint with other settings, kill, go on: never on the branch that was left."""
+    run = cut(whole, tmp_path, epoch=6)
+    first = next((run / "checkpoints").glob("epoch001*.ckpt"))
+    for outer in ("outer_000", "outer_001"):
+        shutil.rmtree(run / "rollouts" / outer)
+    slower = faults.options(model__optimizer__lr=0.002)
+    back = [*slower, "--ckpt_path", str(first.relative_to(tmp_path)), "--trainer.max_steps=13"]
+    command("fit", *back, cwd=tmp_path)
+    (run / "summary.json").unlink()
+    out = command("fit", *slower, "--ckpt_path", "last", cwd=tmp_path).stdout
+    assert "last.ckpt: epoch 3\n" in out and list((run / "checkpoints").glob("*.ckpt.old"))
+
+
+def test_rollouts_of_other_units_are_refused(whole: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path, epoch=4)
+    shard = run / "rollouts" / "outer_001" / "rank_00000.jsonl"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    other = faults.options(data__problems_per_unit=16)
+    assert "other settings (problems" in refused("fit", *other, "--ckpt_path", "last", cwd=tmp_path)
+
+
+def test_looking_at_a_run_that_was_cut_off_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path, epoch=4)
+    before = {path: path.read_bytes() for path in (run / "config.yaml", run / "inputs.json")}
+    settings = [s for s in faults.options() if not s.startswith("--checkpoint")]
+    command("test", *settings, "--checkpoint.every_n_steps=2", "--ckpt_path", "last", cwd=tmp_path)
+    command("rollout", *settings, "--checkpoint.every_n_steps=2", cwd=tmp_path)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert (tmp_path / "runs" / "run-2" / "rollouts" / "outer_000" / "DONE.json").is_file()
+    command("fit", *faults.options(), cwd=tmp_path)
+    assert faults.differences(faults.outcome(whole)["final"], faults.outcome(run)["final"]) == []
+
+
+def test_a_stop_that_was_decided_holds_after_a_kill(tmp_path: Path) -> None:
+    """Early stopping and max_steps: killed in the test that follows, the run does not train on."""
+    (tmp_path / "stopper.py").write_text(
+        "import lightning.pytorch as pl\n"
+        "class Stop(pl.Callback):\n"
+        "    def on_validation_end(self, trainer, module):\n"
+        "        trainer.should_stop = trainer.fit_loop.outer_index == 0\n"
+    )
+    run = fit(tmp_path, trainer__callbacks="stopper.Stop")
+    expected = faults.outcome(run)
+    (run / "summary.json").unlink()
+    out = command("fit", *faults.options(trainer__callbacks="stopper.Stop"), cwd=tmp_path).stdout
+    assert "outer loop 1" not in out and faults.differences(expected, faults.outcome(run)) == []
+
+
+def test_the_last_validation_of_max_steps_is_not_lost(tmp_path: Path) -> None:
+    expected = faults.outcome(fit(tmp_path / "whole", trainer__max_steps=7))
+    killed = tmp_path / "killed"
+    script = (
+        "from pathlib import Path; from tests import faults; faults.warm()\n"
+        "at = faults.Kill('after a step\\'s checkpoint', 7)\n"
+        f"folder = Path({str(killed)!r}); folder.mkdir()\n"
+        "print(faults.run(['fit', *faults.options(trainer__max_steps=7)], folder, at).code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=faults.ROOT, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "-9", done.stderr
+    command("fit", *faults.options(trainer__max_steps=7), cwd=killed)
+    assert faults.differences(expected, faults.outcome(killed / "runs" / "run")) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,16 @@ def test_processes_share_the_batches_of_an_epoch() -> None:
     shards = [list(BucketBatches(lengths, 4, seed=1, rank=r, world_size=2)) for r in range(2)]
     assert len(shards[0]) == len(shards[1]) == 7
     assert {i for s in shards for b in s for i in b} == set(range(52))
+
+
+@pytest.mark.parametrize("examples", [1, 3, 5, 17])
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_every_process_gets_equally_many_batches(world: int, examples: int) -> None:
+    """Also when there are fewer batches than processes: one that gets none would leave the others waiting."""
+    shards = [list(BucketBatches([4] * examples, 4, seed=1, rank=r, world_size=world)) for r in range(world)]
+    batches = math.ceil(examples / 4)
+    assert {len(s) for s in shards} == {math.ceil(batches / world)}
+    assert {i for s in shards for b in s for i in b} == set(range(examples))
 
 
 def test_a_loader_goes_on_where_it_was() -> None:

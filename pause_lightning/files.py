@@ -143,11 +143,19 @@ def check_sums(folder: Path, key: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a run folder while the block runs; yields whether it could be had. Gone with the process."""
+    """Hold the lock of a run folder while the block runs; yields whether it could be had. Gone with the process.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder}: {error.strerror}; choose another --runs_dir") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -36,6 +36,7 @@ def data_folder(folder: Path, train: str = GOOD, test: str = GOOD.replace("1 + 1
         (["--data.task.num_train", "0"], "num_train must be at least 1"),
         (["--model.init_from", "no.ckpt"], "no checkpoint no.ckpt"),
         (["--ckpt_path", "no.ckpt"], "no.ckpt"),
+        (["--runs_dir", "/proc/runs"], "cannot write the run folder /proc/runs/run"),
     ],
 )
 def test_a_wrong_option_is_one_line(options: list[str], words: str, tmp_path: Path) -> None:

@@ -201,8 +201,8 @@ class BestCheckpoints(ModelCheckpoint):
 
         models = {here(path): score for path, score in state_dict["best_k_models"].items()}
         best = here(state_dict["best_model_path"])
-        elsewhere = state_dict.get("dirpath") != self.dirpath
-        if best and not Path(best).is_file() and elsewhere:  # a new run from a checkpoint of another
+        begun = any(Path(str(self.dirpath)).glob("*.ckpt"))
+        if best and not begun:  # a new run from a checkpoint of another
             return
         if best and not Path(best).is_file():
             raise UserError(

@@ -266,3 +266,9 @@ def test_the_last_validation_of_max_steps_is_not_lost(tmp_path: Path) -> None:
     assert done.stdout.split()[-1] == "-9", done.stderr
     command("fit", *faults.options(trainer__max_steps=7), cwd=killed)
     assert faults.differences(expected, faults.outcome(killed / "runs" / "run")) == []
+
+
+def test_a_new_run_may_begin_at_a_checkpoint_of_another(whole: Path, tmp_path: Path) -> None:
+    first = next((whole / "checkpoints").glob("epoch001*.ckpt"))
+    run = fit(tmp_path, "--ckpt_path", str(first))
+    assert faults.differences(faults.outcome(whole)["last"], faults.outcome(run)["last"]) == []
